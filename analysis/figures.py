@@ -1,0 +1,99 @@
+"""Every figure of a study, with the sentence that says how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.comparisons import Scores
+from analysis.formatting import currency_name, metric_name
+from analysis.plotting import save, theme
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ORDER = (
+    "final_accuracy",
+    "differences",
+    "learning_curves",
+    "pass_at_k",
+    "entropy_and_gradient_norm",
+    "rollouts_per_prompt",
+    "spend_by_phase",
+    "gradient_variance",
+)
+"""Names of the figures, in the order in which a report shows them."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A written figure: its name (``figures/<name>.{svg,pdf,png}``) and its caption, one sentence."""
+
+    name: str
+    caption: str
+
+
+def write_figures(scores: Scores, folder: Path, variance: Mapping[str, Any] | None = None) -> list[Drawn]:
+    """Draw what the study has data for, and remove the files of figures that it has none for.
+
+    Args:
+        scores: the study's scores. folder: ``results/<study>/figures``, made if missing.
+        variance: the content of ``gradient_variance.json``, if there is one.
+
+    Returns:
+        The figures that were written, in `ORDER`.
+    """
+    from analysis import figures_curves as curves
+    from analysis import figures_forest as forests
+
+    draw: dict[str, Callable[[], Figure | None]] = {
+        "final_accuracy": lambda: forests.final_accuracy(scores),
+        "differences": lambda: forests.differences(scores),
+        "learning_curves": lambda: curves.learning_curves(scores),
+        "pass_at_k": lambda: curves.pass_at_k(scores),
+        "entropy_and_gradient_norm": lambda: curves.entropy_and_gradient_norm(scores),
+        "rollouts_per_prompt": lambda: curves.rollouts_per_prompt(scores),
+        "spend_by_phase": lambda: forests.spend_by_phase(scores),
+        "gradient_variance": lambda: forests.gradient_variance(variance or {}),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    captions, written = _captions(scores), []
+    with theme():
+        for name in ORDER:
+            figure = draw[name]()
+            if figure is None:
+                for stale in folder.glob(f"{name}.*"):
+                    stale.unlink()
+                continue
+            save(figure, folder, name)
+            written.append(Drawn(name, captions[name]))
+    return written
+
+
+def _captions(scores: Scores) -> dict[str, str]:
+    study = scores.study
+    metric, cost, reference = metric_name(study.metric), currency_name(study.currency), study.reference
+    counts = [len(scores.seeds(arm)) for arm in study.arms]
+    over = "over seeds and problems" if max(counts) > 1 else "over problems only, since there is one seed"
+    if min(counts) == 1 < max(counts):
+        over += " (of an arm with one seed over problems only)"
+    spread = "bands are 95 % intervals over seeds" if max(counts) > 2 else "thin lines are single runs"
+    if max(counts) == 1:
+        spread = "one run an arm"
+    return {
+        "final_accuracy": f"Final {metric} by arm, mean over task families; 95 % interval {over}; the dashed "
+        f"line is {reference}.",
+        "differences": f"Paired difference of final {metric} to {reference}, in percentage points; 95 % "
+        f"interval {over}; an interval across zero is no finding.",
+        "learning_curves": f"pass@1 over training spend in {cost}; {spread}; {reference} in grey behind each arm.",
+        "pass_at_k": f"Final pass@k over the number of tries k, and its difference to {reference}.",
+        "entropy_and_gradient_norm": f"Policy entropy and gradient norm over training spend in {cost}, mean "
+        "over seeds, averaged over neighbouring steps.",
+        "rollouts_per_prompt": "Share of a step's prompts by the number of rollouts they got, over training, "
+        "for the arms that allocate; the dashed line is the mean.",
+        "spend_by_phase": "Device seconds of a run by phase, mean over seeds; evaluation is not part of the budget.",
+        "gradient_variance": "Measured variance of the gradient (trace of its covariance) on one checkpoint "
+        "at equal draws, relative to uniform allocation; lower is better.",
+    }

@@ -1,0 +1,184 @@
+"""Figures of quantities that change over training, or over the number of tries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.comparisons import Scores
+from analysis.figure_data import (
+    Band,
+    dynamic_arms,
+    learning_curve,
+    rollout_shares,
+    step_curve,
+)
+from analysis.formatting import metric_name
+from analysis.palette import Style, styles
+from analysis.plotting import (
+    REFERENCE_GREY,
+    amounts,
+    cost_label,
+    legend_right,
+    new_figure,
+    panels,
+    percent,
+)
+from analysis.statistics import family_weights
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLUMNS = 4
+OPTIMISATION = (("policy/entropy_nats", "entropy, nats"), ("optim/gradient_norm", "gradient norm"))
+
+
+def _draw(axis: Axes, curve: Band, style: Style, *, label: str | None = None) -> None:
+    """Mean and band of an arm; with fewer than three seeds every run as a thin line."""
+    axis.plot(curve.cost, curve.mean, color=style.colour, linestyle=style.dash, label=label, zorder=3)
+    if np.isfinite(curve.low).all():
+        axis.fill_between(curve.cost, curve.low, curve.high, color=style.colour, alpha=0.18, linewidth=0)
+    elif len(curve.runs) > 1:
+        axis.plot(curve.cost, curve.runs.T, color=style.colour, linewidth=0.5, alpha=0.6)
+
+
+def _limits(axis: Axes, curves: list[Band], floor: float | None = None) -> None:
+    """Leave room for the runs; a wide band of few seeds must not flatten every curve."""
+    low = min(float(curve.runs.min()) for curve in curves)
+    high = max(float(curve.runs.max()) for curve in curves)
+    margin = 0.12 * (high - low) or 0.05
+    bottom = low - margin
+    axis.set_ylim(bottom if floor is None else max(bottom, floor), high + margin)
+
+
+def learning_curves(scores: Scores) -> Figure | None:
+    """pass@1 over training spend, one panel an arm, the reference in grey behind each."""
+    study = scores.study
+    curves = {arm: learning_curve(scores, arm) for arm in study.arms}
+    looks, reference = styles(study.plan["arms"]), curves.get(study.reference)
+    figure, axes = panels(len(curves), _COLUMNS)
+    for axis, (arm, curve) in zip(axes, curves.items(), strict=True):
+        if reference is not None and arm != study.reference:
+            axis.plot(reference.cost, reference.mean, color=REFERENCE_GREY, linewidth=1.2, zorder=2)
+        _draw(axis, curve, Style(looks[arm].colour, looks[arm].marker, (0, ())))
+        axis.set_title(arm, color=looks[arm].colour, fontweight="bold", loc="left", pad=3)
+        axis.margins(x=0.02)
+    _limits(axes[0], list(curves.values()), floor=0.0)
+    percent(axes[0].yaxis)
+    amounts(axes[0].xaxis, bins=3)
+    figure.supxlabel(cost_label(study.currency), fontsize=8.5)
+    figure.supylabel("pass@1, %", fontsize=8.5)
+    return figure
+
+
+def entropy_and_gradient_norm(scores: Scores) -> Figure | None:
+    """Policy entropy and gradient norm over training spend, all arms in one panel each."""
+    study, looks = scores.study, styles(scores.study.plan["arms"])
+    kept = [(key, label) for key, label in OPTIMISATION if key in study.steps]
+    if not kept:
+        return None
+    figure = new_figure(3.3)
+    axes = list(figure.subplots(1, len(kept), sharex=True, squeeze=False)[0])
+    for axis, (key, label) in zip(axes, kept, strict=True):
+        drawn = []
+        for arm in study.arms:
+            curve = step_curve(study, arm, key)
+            if curve is None:
+                continue
+            drawn.append(curve)
+            width = 1.9 if arm in (study.reference, "dynamo") else 1.0
+            style = looks[arm]
+            axis.plot(curve.cost, curve.mean, color=style.colour, linestyle=style.dash, linewidth=width, label=arm)
+        if drawn:
+            _positive_scale(axis, drawn)
+        axis.set_title(label, loc="left")
+        axis.margins(x=0.02)
+        axis.set_xlabel(cost_label(study.currency))
+        amounts(axis.xaxis)
+    legend_right(figure, axes[-1])
+    return figure
+
+
+def _positive_scale(axis: Axes, curves: list[Band]) -> None:
+    """A logarithmic axis where arms differ by more than a factor of ten, for instance by loss scale."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    means = np.concatenate([curve.mean for curve in curves])
+    if means.min() > 0 and means.max() > 10 * means.min():
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    elif means.min() >= 0:
+        axis.set_ylim(bottom=0)
+
+
+def rollouts_per_prompt(scores: Scores) -> Figure | None:
+    """Share of a step's prompts by their number of rollouts, over training spend, per allocating arm."""
+    study = scores.study
+    arms = dynamic_arms(study)
+    if not arms:
+        return None
+    shares = {arm: rollout_shares(study, arm) for arm in arms}
+    top = max(float(share.max()) for _, _, share in shares.values())
+    figure, axes = panels(len(arms), 3, height=2.1)
+    mesh = None
+    for axis, (arm, (edges, values, share)) in zip(axes, shares.items(), strict=True):
+        heights = np.concatenate([values - 0.5, values[-1:] + 0.5])
+        mesh = axis.pcolormesh(edges, heights, share, cmap="Blues", vmin=0, vmax=top, rasterized=True)
+        mean = values @ share
+        centres = (edges[:-1] + edges[1:]) / 2
+        axis.plot(centres, mean, color="#D55E00", linewidth=1.2, linestyle=(0, (3, 1.5)), label="mean")
+        axis.set_title(arm, color=styles(study.plan["arms"])[arm].colour, fontweight="bold", loc="left", pad=3)
+        axis.grid(visible=False)
+    from matplotlib.ticker import MaxNLocator
+
+    axes[0].yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    amounts(axes[0].xaxis)
+    axes[0].legend(loc="upper right", handlelength=2.2, frameon=True, framealpha=0.85, edgecolor="none")
+    figure.supxlabel(cost_label(study.currency), fontsize=8.5)
+    figure.supylabel("rollouts of a prompt", fontsize=8.5)
+    if mesh is not None:
+        bar = figure.colorbar(mesh, ax=axes, shrink=0.9, aspect=18, pad=0.02)
+        percent(bar.ax.yaxis)
+        bar.set_label("share of prompts, %")
+        bar.outline.set_visible(False)
+    return figure
+
+
+def pass_at_k(scores: Scores) -> Figure | None:
+    """pass@k of the final evaluation over k; on the right the difference to the reference."""
+    study, looks, weights = scores.study, styles(scores.study.plan["arms"]), family_weights(scores.families)
+    tries = [k for k in (1, 2, 4, 8, 16, 32) if k <= study.samples]
+    curves = {
+        arm: np.array([(scores.final(arm, f"pass_at_{k}") @ weights).mean() for k in tries]) for arm in study.arms
+    }
+    base = curves.get(study.reference)
+    figure = new_figure(3.3)
+    axes = list(figure.subplots(1, 1 if base is None else 2, sharex=True, squeeze=False)[0])
+    for arm, curve in curves.items():
+        style = looks[arm]
+        for axis, values in zip(axes, [curve] if base is None else [curve, curve - base], strict=True):
+            axis.plot(
+                tries,
+                values,
+                color=style.colour,
+                linestyle=style.dash,
+                marker=style.marker,
+                markersize=3.5,
+                linewidth=1.9 if arm in (study.reference, "dynamo") else 1.0,
+                label=arm,
+            )
+    axes[0].set_title(f"{metric_name('pass_at_k')}, %", loc="left")
+    if base is not None:
+        axes[1].set_title(f"difference to {study.reference}, points", loc="left")
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(tries, [str(k) for k in tries])
+        axis.set_xlabel("tries, k")
+        axis.minorticks_off()
+        percent(axis.yaxis)
+    legend_right(figure, axes[-1])
+    return figure

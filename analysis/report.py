@@ -1,0 +1,214 @@
+"""The report of a study: REPORT.md with its tables and figures, made from the recorded files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.claims import RULE, Answer, answer_claims
+from analysis.comparisons import Difference, Scores
+from analysis.figures import Drawn, write_figures
+from analysis.formatting import amount, currency_name, exact
+from analysis.results import Study, load_study
+from analysis.table_scores import (
+    aggregates_table,
+    claims_table,
+    differences_table,
+    family_table,
+    main_table,
+)
+from analysis.table_spend import cost_table, ranking_table, rollouts_table, seconds_table, spend_table
+from analysis.table_variance import variance_table
+from analysis.tables import Table
+from benchmark.errors import InputError
+from benchmark.jsonl import atomic_write_text
+
+TABLES, FIGURES = "tables", "figures"
+
+
+def write_report(study_dir: Path) -> Path:
+    """Write ``tables/*.{md,csv,tex}``, ``figures/*.{svg,pdf,png}`` and ``REPORT.md`` of a results folder.
+
+    What is missing or failed is named first and left out of every number. The same records give the same
+    bytes.
+
+    Args:
+        study_dir: ``results/<study>``, with ``plan.json`` and ``cells/``.
+
+    Returns:
+        The path of REPORT.md.
+
+    Raises:
+        InputError: there is no plan, no cell is done, or a record is damaged.
+    """
+    study = load_study(study_dir)
+    scores = Scores(study)
+    variance = _variance(study_dir)
+    answers = answer_claims(scores, study.claims)
+    tables = {table.name: table for table in _tables(scores, answers, variance)}
+    folder = study_dir / TABLES
+    folder.mkdir(exist_ok=True)
+    for stale in {path for path in folder.iterdir() if path.stem not in tables}:
+        stale.unlink()
+    for table in tables.values():
+        table.write(folder)
+    figures = {drawn.name: drawn for drawn in write_figures(scores, study_dir / FIGURES, variance)}
+    path = study_dir / "REPORT.md"
+    atomic_write_text(path, _compose(scores, answers, tables, figures))
+    return path
+
+
+def _variance(folder: Path) -> dict[str, Any] | None:
+    """The gradient-variance measurement that belongs to the study, if it was made."""
+    path = folder / "gradient_variance.json"
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        complete = all({"allocator", "advantage", "ratio"} <= set(row) for row in record["rows"])
+    except (ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise InputError(
+            "not a record of gradient variances",
+            file=path,
+            remedy="Measure again, or remove the file and the report goes without it",
+        )
+    return dict(record) if record["rows"] else None
+
+
+def _tables(scores: Scores, answers: Sequence[Answer], variance: dict[str, Any] | None) -> Iterator[Table]:
+    study = scores.study
+    yield main_table(scores)
+    if answers:
+        yield claims_table(answers)
+    pairs = [(arm, study.reference) for arm in study.arms if arm != study.reference]
+    found: list[Difference] = []
+    if study.reference in study.arms:
+        found = [d for metric in study.metrics for d in scores.differences(pairs, metric)]
+    if found:
+        yield differences_table(scores, [d for d in found if d.metric == study.metric])
+        yield family_table(scores, found)
+        yield cost_table(scores)
+    yield aggregates_table(scores)
+    yield ranking_table(scores)
+    yield spend_table(scores)
+    yield rollouts_table(scores)
+    yield seconds_table(scores)
+    if variance is not None:
+        yield variance_table(variance)
+
+
+def _compose(scores: Scores, answers: Sequence[Answer], tables: dict[str, Table], figures: dict[str, Drawn]) -> str:
+    """REPORT.md: what is missing, the answers, then the evidence from the most to the least important."""
+
+    def table(name: str) -> str:
+        return _table(tables[name]) if name in tables else ""
+
+    def figure(name: str) -> str:
+        return _figure(figures[name]) if name in figures else ""
+
+    study = scores.study
+    sections = {
+        "What to know first": _problems(scores),
+        "Claims": _claims(study, answers),
+        "Main table": table("main_table") + figure("final_accuracy"),
+        f"Difference to {study.reference}": table("differences") + figure("differences"),
+        "By family and number of tries": table("differences_by_family") + figure("pass_at_k"),
+        "Learning curves and cost": figure("learning_curves") + table("cost_to_target"),
+        "Ranking under other currencies": table("ranking_by_currency"),
+        "Robust aggregates": table("aggregates"),
+        "What was spent": table("spend") + table("rollouts") + table("seconds") + figure("spend_by_phase"),
+        "During training": figure("entropy_and_gradient_norm") + figure("rollouts_per_prompt"),
+        "Gradient variance": table("gradient_variance") + figure("gradient_variance"),
+        "How to reproduce": _reproduce(study),
+        "Measured on": _measured_on(study),
+    }
+    body = "".join(f"## {title}\n\n{text.strip()}\n\n" for title, text in sections.items() if text.strip())
+    return f"# {study.name}\n\n{_opening(scores)}\n\n{body.rstrip()}\n"
+
+
+def _opening(scores: Scores) -> str:
+    study = scores.study
+    question = str(study.plan.get("question") or "").strip()
+    budget = float(study.done["planned"].iloc[0])
+    currency = currency_name(str(study.done["planned_currency"].iloc[0]))
+    facts = (
+        f"{len(study.done)} of {len(study.cells)} runs: {len(study.arms)} arms, {len(study.plan['seeds'])} "
+        f"{_plural('seed', len(study.plan['seeds']))}, {exact(budget)} {currency} each, scale "
+        f"`{study.plan.get('scale', '?')}`; final evaluation on {len(scores.items)} problems with "
+        f"{study.samples} samples each."
+    )
+    return f"**{question}**\n\n{facts}" if question else facts
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def _problems(scores: Scores) -> str:
+    study, problems = scores.study, list(scores.study.problems)
+    absent = [arm for arm in study.plan["arms"] if arm not in study.arms]
+    if study.reference in absent:
+        problems.append(f"{study.reference}, the reference, has no finished run: nothing can be compared.")
+    elif len(study.plan["seeds"]) > 1:
+        lone = [arm for arm in study.arms if len(scores.seeds(arm, study.reference)) == 1]
+        if lone:
+            problems.append(
+                f"{', '.join(lone)}: one seed shared with {study.reference}, so the intervals of the difference "
+                "are over problems only and do not hold the luck of training."
+            )
+    return "".join(f"- {problem}\n" for problem in problems)
+
+
+def _claims(study: Study, answers: Sequence[Answer]) -> str:
+    if not answers:
+        return ""
+    rule = str(study.plan.get("decision_rule") or "").strip() or RULE
+    lines = [f"- **{answer.verdict}**: {answer.text} {_evidence(answer)}\n" for answer in answers]
+    links = ", ".join(f"[{suffix}]({TABLES}/claims.{suffix})" for suffix in ("csv", "tex"))
+    return f"Stated before any run ({links}); decided by this rule:\n\n> {rule}\n\n{''.join(lines)}"
+
+
+def _evidence(answer: Answer) -> str:
+    effect = f" The difference had to exceed {100 * answer.min_effect:g} points." if answer.min_effect else ""
+    return f"(`{answer.id}`; {answer.reason.rstrip('.')}.){effect}"
+
+
+def _table(table: Table) -> str:
+    links = ", ".join(f"[{suffix}]({TABLES}/{table.name}.{suffix})" for suffix in ("csv", "tex"))
+    notes = "".join(f"{note}\n" for note in table.notes)
+    return f"**{table.title}** ({links})\n\n{table.markdown()}\n{notes}\n"
+
+
+def _figure(drawn: Drawn) -> str:
+    links = ", ".join(f"[{suffix}]({FIGURES}/{drawn.name}.{suffix})" for suffix in ("svg", "pdf"))
+    return f"![{drawn.caption}]({FIGURES}/{drawn.name}.png)\n\n*{drawn.caption}* ({links})\n\n"
+
+
+def _reproduce(study: Study) -> str:
+    scale, count = study.plan.get("scale", "small"), len(study.plan["seeds"])
+    if study.name == "main_table":
+        command = f"nox -s reproduce_main_table -- --scale {scale} --seeds {count}"
+    else:
+        command = f"rolloutbench study {study.name} --scale {scale} --seeds {count}"
+    return (
+        f"```\n{command}\n```\n\nOnly missing runs are run. `rolloutbench report` with this folder makes this "
+        "report again from the recorded files."
+    )
+
+
+def _measured_on(study: Study) -> str:
+    devices = sorted({str(device) for device in study.done["device"].dropna()})
+    versions = [f"{library} {' and '.join(found)}" for library, found in study.versions.items()]
+    seconds = float(study.done["wall_seconds"].fillna(0.0).sum())
+    lines = [
+        f"Device: {', '.join(devices) or 'not recorded'}; {amount(seconds / 60)} minutes of wall time, added up "
+        "over the runs.",
+        f"Versions: {', '.join(versions) or 'not recorded'}.",
+    ]
+    if any(len(found) > 1 for found in study.versions.values()):
+        lines.append("The runs did not all use the same versions.")
+    return "".join(f"- {line}\n" for line in lines)

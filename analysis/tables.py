@@ -1,0 +1,158 @@
+"""A table once, in three forms: Markdown and LaTeX to read, CSV to compute with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from benchmark.jsonl import atomic_write_text
+
+TIED = "†"
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "\N{MINUS SIGN}": r"$-$",
+    "\N{EM DASH}": "---",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "≥": r"$\geq$",
+    TIED: r"$^{\dagger}$",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's heading; neighbours with the same `group` share a heading above theirs."""
+
+    title: str
+    group: str = ""
+    left: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a cell shows; a tied cell carries a dagger."""
+
+    text: str
+    bold: bool = False
+    tied: bool = False
+
+    @property
+    def plain(self) -> str:
+        """The text with its mark."""
+        return self.text + (TIED if self.tied else "")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report.
+
+    Attributes:
+        name: stem of its files. title: what it shows. notes: how to read it, one sentence each.
+        columns, rows: what people see. data: the same and more as numbers in fractions, for the CSV file.
+    """
+
+    name: str
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Text]]
+    data: pd.DataFrame
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def markdown(self) -> str:
+        """The table in Markdown, without title and notes."""
+        titles = [f"{c.group} {c.title}".strip() for c in self.columns]
+        cells = [[_markdown(cell) for cell in row] for row in self.rows]
+        lines = [titles, [":--" if c.left else "--:" for c in self.columns], *cells]
+        return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+    def csv(self) -> str:
+        """The data with seven significant digits, so that rounding of the last bits changes no byte."""
+        return self.data.to_csv(index=False, float_format="%.7g", lineterminator="\n")
+
+    def latex(self) -> str:
+        """A table environment for a document that loads booktabs and graphicx."""
+        body = [_latex_row([_latex(cell) for cell in row]) for row in self.rows]
+        notes = [rf"\par\smallskip\footnotesize {latex_text(' '.join(self.notes))}"] if self.notes else []
+        lines = [
+            "% needs \\usepackage{booktabs,graphicx}",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{latex_text(self.title)}}}",
+            rf"\label{{tab:{self.name.replace('_', '-')}}}",
+            # Wider than the text: scaled down; narrower: left as it is.
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+            rf"\begin{{tabular}}{{{''.join('l' if c.left else 'r' for c in self.columns)}}}",
+            r"\toprule",
+            *self._latex_groups(),
+            _latex_row([latex_text(column.title) for column in self.columns]),
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}}",
+            *notes,
+            r"\end{table}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _latex_groups(self) -> list[str]:
+        """The row of shared headings and the rules below them."""
+        if not any(column.group for column in self.columns):
+            return []
+        cells, rules, start = [], [], 1
+        while start <= len(self.columns):
+            group, end = self.columns[start - 1].group, start
+            while group and end < len(self.columns) and self.columns[end].group == group:
+                end += 1
+            width = end - start + 1
+            cells.append(rf"\multicolumn{{{width}}}{{c}}{{{latex_text(group)}}}" if group else "")
+            rules += [rf"\cmidrule(lr){{{start}-{end}}}"] if group else []
+            start = end + 1
+        return [_latex_row(cells), " ".join(rules)]
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write ``<folder>/<name>.{md,csv,tex}``."""
+        notes = "".join(f"\n{note}\n" for note in self.notes)
+        contents = {
+            "md": f"**{self.title}**\n\n{self.markdown()}{notes}",
+            "csv": self.csv(),
+            "tex": self.latex(),
+        }
+        paths = [folder / f"{self.name}.{suffix}" for suffix in contents]
+        for path, text in zip(paths, contents.values(), strict=True):
+            atomic_write_text(path, text)
+        return paths
+
+
+def latex_text(text: str) -> str:
+    """Plain text with every character that LaTeX would not take as it is spelled out."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def _latex(cell: Text) -> str:
+    text = latex_text(cell.text)
+    return (rf"\textbf{{{text}}}" if cell.bold else text) + (_LATEX[TIED] if cell.tied else "")
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _markdown(cell: Text) -> str:
+    # Underscores inside words are safe in Markdown; stars, bars and angle brackets are not.
+    text = re.sub(r"([*|<])", r"\\\1", cell.text)
+    return (f"**{text}**" if cell.bold else text) + (TIED if cell.tied else "")

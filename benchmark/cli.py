@@ -1,0 +1,299 @@
+"""The `rolloutbench` command. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted."""
+
+# ruff: noqa: D301 (typer takes a backspace in a docstring as "keep these lines")
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from benchmark.errors import InputError
+
+if TYPE_CHECKING:
+    from benchmark.compose import Plan
+    from benchmark.study import Outcome
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+COUNTED = ("rollouts", "tokens_generated", "flops")
+
+
+class _Group(TyperGroup):
+    """Turns the errors that users cause into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(BAD_INPUT) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="RolloutBench: which RLVR method is really better at equal compute, by how much, and why.",
+)
+
+Scale = Annotated[str, typer.Option(help="File of configs/scales, or a path.")]
+Task = Annotated[str | None, typer.Option(help="File of configs/tasks, or a path; the scale's by default.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value; repeatable.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CURRENCY=AMOUNT", help="tokens_generated=800000 or rollouts=4096; the scale's by default."
+    ),
+]
+Tracking = Annotated[
+    str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow store that mirrors the results.")
+]
+STORE = "sqlite:///mlflow.db"
+
+
+@app.command()
+def run(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="An arm of `rolloutbench methods`.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same command there resumes it.")],
+    scale: Scale = "small",
+    task: Task = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed s of every arm shares its random streams.")] = 0,
+    budget: Budget = None,
+    options: Set = None,
+) -> None:
+    """Run one arm with one seed, or resume it.
+
+    \b
+    Examples:
+      rolloutbench run grpo --scale smoke --out runs/first
+      rolloutbench run dynamo --seed 3 --set method.allocation.n_low=2 --out runs/dynamo-3
+      rolloutbench run dapo --budget rollouts=4096 --set optimiser.learning_rate=1e-4 --out runs/dapo
+    """
+    from benchmark.compose import compose_run
+    from benchmark.study import run_single
+
+    _one_thread()
+    config = compose_run(
+        method, scale=scale, task=task, seed=seed, options=[*_budget(budget), *(options or [])]
+    )
+    _finish(run_single(config, out), out)
+    typer.echo(f"done: {out}")
+
+
+@app.command()
+def study(
+    file: Annotated[
+        str, typer.Argument(metavar="STUDY", help="A study file, or the name of one in configs/studies.")
+    ],
+    scale: Annotated[str | None, typer.Option(help="A scale other than the study's.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds; the study's by default.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
+    budget: Budget = None,
+    options: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Results folder; results/<study> by default.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
+    tracking_uri: Tracking = STORE,
+    mlflow: Annotated[bool, typer.Option(help="Mirror the results to MLflow.")] = True,
+) -> None:
+    """Run what is missing of a study and write its report.
+
+    Start the same command on several machines that share the results folder and they divide the cells.
+
+    \b
+    Examples:
+      rolloutbench study main_table
+      rolloutbench study configs/studies/main_table.yaml --scale smoke --dry-run
+      rolloutbench study main_table --seeds 16 --workers 8 --out results/sixteen_seeds
+    """
+    from benchmark.compose import compose_study
+    from benchmark.study import run_study
+    from benchmark.workers import WorkersFailedError
+
+    _one_thread()
+    plan = compose_study(file, scale=scale, seeds=seeds, options=[*_budget(budget), *(options or [])])
+    folder = out or Path("results") / plan.study.study
+    if dry_run:
+        _show_plan(plan, folder, workers)
+        return
+    try:
+        outcome = run_study(plan, folder, workers=workers, tracking_uri=tracking_uri if mlflow else None)
+    except WorkersFailedError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(FAILED) from None
+    _finish(outcome, folder)
+    typer.echo(f"done: {folder / 'REPORT.md'}")
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list instead of a table.")] = False,
+) -> None:
+    """List the arms, external ones included.
+
+    \b
+    Examples:
+      rolloutbench methods
+      rolloutbench methods --json
+    """
+    from benchmark.registry import describe, names
+
+    rows = [asdict(describe(name)) for name in names()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("name", "family", "kind", "changes", "reference"):
+        table.add_column(heading, no_wrap=heading in ("name", "reference"))
+    for row in rows:
+        table.add_row(row["name"], row["family"], row["kind"], ", ".join(row["changes"]), row["reference"])
+    Console().print(table)
+
+
+@app.command()
+def warmup(scale: Scale = "small", task: Task = None, options: Set = None) -> None:
+    """Make the starting policy of a scale and print its folder.
+
+    Nothing is made that is there already; its configuration names it.
+
+    \b
+    Examples:
+      rolloutbench warmup
+      rolloutbench warmup --scale large-cpu --set policy.warmup.seed=1
+    """
+    from benchmark.compose import compose_run
+
+    _one_thread()
+    config = compose_run("grpo", scale=scale, task=task, options=options or [])
+    from benchmark.warmup import ensure_policy
+
+    typer.echo(ensure_policy(config))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's results.")]) -> None:
+    """Rebuild REPORT.md, tables and figures of a study.
+
+    \b
+    Example:
+      rolloutbench report results/main_table
+    """
+    _plan_in(folder)
+    from analysis.report import write_report
+
+    write_report(folder)
+    typer.echo(f"done: {folder / 'REPORT.md'}")
+
+
+@app.command()
+def mirror(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's results.")],
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make every MLflow run anew.")] = False,
+    tracking_uri: Tracking = STORE,
+) -> None:
+    """Bring MLflow up to date with a study.
+
+    The files of a study are its record; MLflow mirrors them.
+
+    \b
+    Examples:
+      rolloutbench mirror results/main_table
+      rolloutbench mirror --rebuild results/main_table --tracking-uri http://127.0.0.1:5000
+    """
+    experiment = _plan_in(folder)["study"]
+    from benchmark.mirror import Mirror
+
+    follower = Mirror(tracking_uri, folder, experiment)
+    if not (follower.rebuild() if rebuild else follower.close()):
+        typer.echo("error: MLflow did not take everything, or another mirror is at work; see above", err=True)
+        raise typer.Exit(FAILED)
+    typer.echo(f"done: {folder}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="rolloutbench")
+
+
+def _one_thread() -> None:
+    # Read by OpenMP when torch is imported; two threads on two busy cores are slower than one.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _budget(text: str | None) -> list[str]:
+    if text is None:
+        return []
+    currency, separator, amount = text.partition("=")
+    if not separator:
+        raise InputError(
+            "not CURRENCY=AMOUNT", key="--budget", value=text, remedy="Write --budget rollouts=4096"
+        )
+    return [f"budget.currency={currency}", f"budget.amount={amount}"]
+
+
+def _plan_in(folder: Path) -> dict[str, Any]:
+    from benchmark.cells import read_json
+
+    plan = read_json(folder / "plan.json")
+    if plan is None:
+        raise InputError("no plan.json there", file=folder, remedy="Give the results folder of a study")
+    return plan
+
+
+def _finish(outcome: Outcome, folder: Path) -> None:
+    """Exit with what the outcome means, naming failures and how to go on."""
+    for cell, why in outcome.failed.items():
+        typer.echo(f"failed: {cell}: {why} (see {folder / 'cells' / cell / 'run.log'})", err=True)
+    if outcome.interrupted:
+        typer.echo(f"interrupted: {outcome.done}/{outcome.total} done; the same command continues", err=True)
+        raise typer.Exit(INTERRUPTED)
+    if outcome.failed:
+        typer.echo("the same command retries what failed", err=True)
+        raise typer.Exit(FAILED)
+
+
+def _show_plan(plan: Plan, folder: Path, workers: int | None) -> None:
+    from benchmark.cells import Cell
+    from benchmark.estimate import ASSUMED_SD, detectable_difference, estimate, paired_sd
+    from benchmark.progress import duration, short
+    from benchmark.workers import default_workers
+
+    cells = [Cell.of(folder, config) for config in plan.runs]
+    for cell in cells:
+        mark = "done" if cell.result() is not None else "to run"
+        typer.echo(f"{mark:7}{cell.folder}")
+    probe = None
+    if cells and all(cell.result() is None for cell in cells):
+        probe = getattr(import_module("benchmark.run"), "measure_unit_prices", None)
+    cost, count = estimate(cells, probe), workers or default_workers()
+    typer.echo(f"{plan.study.study}: {cost.cells} cells, {cost.missing_cells} to run; {cost.source}")
+    for label, amounts in (("all cells", cost.total), ("to run", cost.missing)):
+        known = [f"{currency} {short(amounts[currency])}" for currency in amounts if currency in COUNTED]
+        unknown = [currency for currency in COUNTED if currency not in amounts]
+        hours = f"{duration(amounts['wall_seconds'] / count)}" if "wall_seconds" in amounts else "unknown"
+        disk = f"{short(amounts['disk_bytes'])}B" if "disk_bytes" in amounts else "unknown"
+        told = ", ".join(known + [f"{currency} unknown" for currency in unknown])
+        typer.echo(f"{label}: {told}; about {hours} with {count} workers; disk {disk}")
+    sd = paired_sd(cells, plan.study.reference)
+    smallest = 100 * detectable_difference(len(plan.study.seeds), sd or ASSUMED_SD)
+    source = "measured" if sd else "assumed"
+    typer.echo(
+        f"smallest detectable difference in pass@1: {smallest:.1f} points with {len(plan.study.seeds)} seeds "
+        f"(80 % power; paired sd {100 * (sd or ASSUMED_SD):.1f} points, {source})"
+    )

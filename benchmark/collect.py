@@ -1,0 +1,217 @@
+"""The first half of a step: prompts -> allocate -> rollouts -> verify -> keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmark import streams
+from benchmark.clock import Clock
+from benchmark.config import RolloutConfig
+from benchmark.decode import generate
+from benchmark.groups import Groups, segment_sum
+from benchmark.history import PromptHistory
+from benchmark.ledger import Budget, Ledger, Prices
+from benchmark.method import Method
+from benchmark.policy import Policy
+from benchmark.problems import Item
+from benchmark.rollouts import Rollouts, concatenate
+from benchmark.transformer import Weights
+from benchmark.verdict import Verdict, reward
+from benchmark.verifier import Verifier
+
+
+class MethodError(RuntimeError):
+    """A method returned something that its decision must not return."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The training prompts, tokenised once, in an order every arm of a seed shares.
+
+    Attributes:
+        items: the problems. tokens: their prompt ids. keys: (N,) uint64 identity of each prompt's random stream.
+    """
+
+    items: list[Item]
+    tokens: list[Tensor]
+    seed: int
+
+    @classmethod
+    def of(cls, items: list[Item], policy: Policy, seed: int, device: torch.device) -> Pool:
+        return cls(items, [torch.tensor(ids, device=device) for ids in policy.encode([i.prompt for i in items])], seed)
+
+    def prompts(self, start: int, count: int) -> list[int]:
+        """`count` pool positions from place `start` of an endless sequence of shuffled epochs; distinct in an epoch."""
+        chosen: list[int] = []
+        size = len(self.items)
+        while len(chosen) < count:
+            epoch, offset = divmod(start + len(chosen), size)
+            order = streams.generator(self.seed, "order", epoch).permutation(size)
+            taken = order[offset : offset + count - len(chosen)].tolist()
+            chosen += taken
+        return chosen
+
+    def stream_keys(self, purpose: str, step: int, prompts: list[int]) -> NDArray[np.uint64]:
+        """One 64-bit key per prompt; rollout j of the prompt is lane j of it in every arm."""
+        ids = (streams.key(self.seed, purpose, step, self.items[p].id) for p in prompts)
+        return np.fromiter(ids, dtype=np.uint64, count=len(prompts))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Verified rollouts of some prompts.
+
+    Attributes:
+        prompts: pool positions, (P,). counts: rollouts of each, (P,). verdicts: one per rollout.
+        cut: the budget, not the protocol, set the token limit: never trains.
+    """
+
+    prompts: list[int]
+    counts: NDArray[np.int64]
+    rollouts: Rollouts
+    verdicts: list[Verdict]
+    cut: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What trains in this step, and the whole of what was drawn for it."""
+
+    rollouts: Rollouts
+    groups: Groups
+    drawn: list[Draw] = field(default_factory=list)
+
+
+@dataclass
+class Collector:
+    """Draws batches for one method until enough groups are kept, its patience ends, or the budget does."""
+
+    method: Method
+    pool: Pool
+    policy: Policy
+    verifier: Verifier
+    history: PromptHistory
+    ledger: Ledger
+    budget: Budget
+    prices: Prices
+    config: RolloutConfig
+    clock: Clock
+    place: int = 0  # prompts consumed from the pool's sequence
+
+    @property
+    def remaining(self) -> int:
+        return self.budget.remaining(self.ledger.spent[self.budget.currency])
+
+    def collect(self, step: int) -> Batch:
+        """One step's batch, charged to the ledger; it may hold no group that trains. Needs budget left."""
+        weights = self.policy.fused()
+        wanted = self.config.prompts_per_batch
+        drawn: list[Draw] = []
+        kept: list[tuple[Draw, Tensor]] = []  # per draw, kept prompts (numbers within the draw)
+        have, left, draws = 0, 0, 0
+        while have < wanted and self.remaining > 0:
+            if left == 0:
+                if draws == self.method.max_draws:
+                    break
+                draws, left = draws + 1, wanted
+            draw = self._draw(weights, step, left)
+            left -= len(draw.prompts)
+            drawn.append(draw)
+            if draw.cut:
+                self._charge(step, draw, np.full(len(draw.prompts), "failed", dtype=object))
+                continue
+            mask = self.method.keep(self._groups(draw.rollouts, draw.verdicts))
+            chosen = torch.nonzero(mask).flatten()[: wanted - have]
+            have += len(chosen)
+            kept.append((draw, chosen))
+            fate = np.where(mask.cpu().numpy(), "overflow", "filtered").astype(object)
+            fate[chosen.cpu().numpy()] = "trained"
+            self._charge(step, draw, fate)
+        rollouts = concatenate(
+            [d.rollouts.select_prompts(c) for d, c in kept]
+            or [drawn[0].rollouts.select_prompts(torch.zeros(0, dtype=torch.int64, device=self.clock.device))]
+        )
+        verdicts = [d.verdicts[row] for d, c in kept for row in d.rollouts.rows_of(c).tolist()]
+        return Batch(rollouts, self._groups(rollouts, verdicts), drawn)
+
+    def _draw(self, weights: Weights, step: int, prompts_left: int) -> Draw:
+        admitted = self.budget.admit(
+            self.remaining, prompts_left, self.config.rollouts_per_prompt, self.config.max_tokens
+        )
+        prompts = self.pool.prompts(self.place, admitted.prompts)
+        counts = self._allocate(prompts, admitted.rollouts, step)
+        keys = np.repeat(self.pool.stream_keys("rollout", step, prompts), counts)
+        lanes = np.concatenate([np.arange(n) for n in counts])
+        device = self.clock.device
+        with self.clock.phase("decode"):
+            rollouts = generate(
+                weights,
+                torch.cat([self.pool.tokens[p] for p in prompts]),
+                torch.tensor([len(self.pool.tokens[p]) for p in prompts], device=device),
+                torch.from_numpy(counts).to(device),
+                torch.from_numpy(streams.uniforms(keys, lanes, admitted.max_tokens)).float().to(device),
+                max_tokens=admitted.max_tokens,
+                end=self.policy.end,
+                temperature=self.config.temperature,
+            )
+        self.place += len(prompts)
+        verdicts = self._verify(prompts, rollouts)
+        draw = Draw(prompts, counts, rollouts, verdicts, admitted.cut)
+        if not admitted.cut:
+            correct = torch.tensor([reward(v) for v in verdicts], dtype=torch.float64)
+            successes = segment_sum(correct, rollouts.prompt.cpu(), len(prompts)).numpy()
+            self.history.record(prompts, successes, counts.astype(np.float64))
+        return draw
+
+    def _allocate(self, prompts: list[int], budget: int, step: int) -> NDArray[np.int64]:
+        rng = streams.generator(self.pool.seed, "allocate", step, self.place)
+        counts = np.asarray(self.method.allocate(self.history.view(prompts), budget, rng))
+        if counts.shape != (len(prompts),) or counts.dtype != np.int64 or counts.min() < 0 or counts.sum() != budget:
+            raise MethodError(
+                f"{type(self.method).__name__}.allocate returned {counts.dtype} {counts.shape} summing to "
+                f"{counts.sum()}; it must return {len(prompts)} int64 counts >= 0 that sum to {budget}"
+            )
+        return counts
+
+    def _verify(self, prompts: list[int], rollouts: Rollouts) -> list[Verdict]:
+        with self.clock.phase("verify"):
+            texts = self.policy.decode(rollouts.texts())
+            golds = [self.pool.items[prompts[p]].answer for p in rollouts.prompt.tolist()]
+            return self.verifier.verify_rollouts(golds, texts, rollouts.finished.tolist())
+
+    def _groups(self, rollouts: Rollouts, verdicts: list[Verdict]) -> Groups:
+        return Groups(
+            rollouts.prompt,
+            rollouts.prompts,
+            torch.tensor([reward(v) for v in verdicts], dtype=torch.float32, device=rollouts.prompt.device),
+            rollouts.length,
+            ~rollouts.finished,
+            self.config.max_tokens,
+        )
+
+    def _charge(self, step: int, draw: Draw, fate: NDArray[np.object_]) -> None:
+        """One ledger row per fate; `fate` is per prompt: trained, filtered by the method, overflow, failed (cut)."""
+        rollouts = draw.rollouts
+        sizes = np.bincount(rollouts.prompt.cpu().numpy(), minlength=len(draw.prompts))
+        generated = np.zeros(len(draw.prompts), dtype=np.int64)
+        np.add.at(generated, rollouts.prompt.cpu().numpy(), rollouts.length.cpu().numpy())
+        prompt_tokens = rollouts.prompt_length.cpu().numpy() * (sizes > 0)
+        for name in sorted(set(fate)):
+            of = fate == name
+            read, made = int(prompt_tokens[of].sum()), int(generated[of].sum())
+            if not sizes[of].sum():
+                continue
+            self.ledger.charge(
+                step,
+                "rollouts",
+                name,
+                rollouts=int(sizes[of].sum()),
+                prompt_tokens=read,
+                tokens_generated=made,
+                flops=self.prices.forward(read + made),
+            )

@@ -1,0 +1,175 @@
+"""From names to a checked configuration: scale, task, study overrides, method and ``--set``, later on top.
+
+A method's file or an arm's parameters reach only ``method.*``: everything else is equal in all arms, which is
+what makes them comparable. Every fault is one `InputError` with file, line, key, value and remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import benchmark
+from benchmark.config import RunConfig, StudyConfig
+from benchmark.errors import InputError
+from benchmark.layers import Layer, did_you_mean, read_options, read_yaml, validate
+
+SHARED = ("policy", "task", "rollout", "optimiser", "budget", "evaluation")
+KINDS = {"studies": "study", "scales": "scale", "tasks": "task"}
+IDENTITY = {"study": "the study's file", "arm": "the command", "seed": "--seed", "scale": "--scale"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study and its runs, seed by seed, so that an early stop leaves complete pairs."""
+
+    study: StudyConfig
+    runs: tuple[RunConfig, ...]
+
+
+def config_folder() -> Path:
+    """``configs/`` of the checkout, or the copy inside an installed wheel."""
+    package = Path(benchmark.__path__[0])
+    wheel = package / "_configs"
+    folder = wheel if wheel.is_dir() else package.parent / "configs"
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def find(kind: Literal["studies", "scales", "tasks"], name: str) -> Path:
+    """The file of a study, scale or task: a path to a YAML file, or a name in ``configs/<kind>``.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if name.endswith((".yaml", ".yml")):
+        shipped = config_folder() / name.removeprefix("configs/")
+        return Path(name) if Path(name).exists() or not shipped.exists() else shipped
+    path = config_folder() / kind / f"{name}.yaml"
+    if not path.is_file():
+        known = (file.stem for file in path.parent.glob("*.yaml"))
+        what = f"no file of this name in configs/{kind}"
+        raise InputError(what, key=KINDS[kind], value=name, remedy=did_you_mean(name, known))
+    return path
+
+
+def compose_run(
+    method: str,
+    *,
+    scale: str = "small",
+    task: str | None = None,
+    seed: int = 0,
+    options: Sequence[str] = (),
+) -> RunConfig:
+    """The configuration of a single run, outside any study.
+
+    Raises:
+        InputError: a name, key, type, range or combination is wrong.
+    """
+    arm = Layer({"method": {"name": method}})
+    return _compose({"study": "single", "arm": method, "seed": seed}, scale, task, Layer(), arm, options)
+
+
+def compose_study(
+    study: str,
+    *,
+    scale: str | None = None,
+    seeds: int | Sequence[int] | None = None,
+    options: Sequence[str] = (),
+) -> Plan:
+    """The runs of a study file.
+
+    `scale` and `seeds` replace the file's own, as do the seeds that a scale names; an option that changes the
+    budget's currency changes the study's with it.
+
+    Raises:
+        InputError: the study, or the configuration of one of its arms, is wrong.
+    """
+    written = read_yaml(find("studies", study))
+    size = read_yaml(find("scales", scale or str(written.values.get("scale", "small"))))
+    changes = {"scale": scale, "seeds": seeds if seeds is not None else size.values.get("seeds")}
+    budget = read_options(options).values.get("budget")
+    changes["primary_currency"] = budget.get("currency") if isinstance(budget, dict) else None
+    asked = Layer({key: value for key, value in changes.items() if value is not None}).over(written)
+    config = validate(StudyConfig, asked)
+    overrides = written.moved("overrides", "", config.overrides)
+    _only(overrides, SHARED, "a study's overrides")
+    firsts = []
+    for position, arm in enumerate(config.arms):
+        layer = written.moved(f"arms.{position}", "method", {"name": arm.name, "params": arm.params})
+        identity = {"study": config.study, "arm": arm.label, "seed": config.seeds[0]}
+        firsts.append(_compose(identity, config.scale, config.task, overrides, layer, options))
+    _check_study(config, firsts[0], asked)
+    runs = [run.model_copy(update={"seed": seed}) for seed in config.seeds for run in firsts]
+    return Plan(config, tuple(runs))
+
+
+def _compose(
+    identity: Mapping[str, Any],
+    scale: str,
+    task: str | None,
+    overrides: Layer,
+    arm: Layer,
+    options: Sequence[str],
+) -> RunConfig:
+    asked = read_options(options)
+    for key, place in {**IDENTITY, "method.name": "the command"}.items():
+        if key in asked.origins:
+            raise asked.error(key, "not an option", f"Give it with {place}")
+    sized = read_yaml(find("scales", scale))
+    _only(sized, (*SHARED, "seeds"), "a scale file")
+    sized.values.pop("seeds", None)
+    wanted = asked.over(overrides).over(sized)
+    section = wanted.values.get("task")
+    named = task or (section.get("name") if isinstance(section, dict) else None)
+    if not isinstance(named, str):
+        raise wanted.error(
+            "task.name", "no task is named", "Name a file of configs/tasks there, or give --task"
+        )
+    problems = read_yaml(find("tasks", named))
+    _only(problems, ("task", "policy", "rollout"), "a task file")
+    vetted, method = Layer(), config_folder() / "methods" / f"{arm.values['method']['name']}.yaml"
+    if method.is_file():
+        vetted = read_yaml(method)
+        _only(vetted, ("method",), "a method file")
+    tree = Layer({**identity, "scale": Path(scale).stem, "task": {"name": Path(named).stem}})
+    for layer in (sized, problems, overrides, vetted, arm, asked):
+        # ``method.alpha`` is short for ``method.params.alpha``.
+        tree = layer.renamed("method", "params", apart=["name"]).over(tree)
+    config = validate(RunConfig, tree)
+    _check_method(config, tree)
+    return config
+
+
+def _only(layer: Layer, allowed: Iterable[str], who: str) -> None:
+    for key in layer.values:
+        if key not in allowed:
+            raise layer.error(key, f"{who} may set only {', '.join(allowed)}", did_you_mean(key, allowed))
+
+
+def _check_method(config: RunConfig, tree: Layer) -> None:
+    from benchmark.registry import build  # imports torch, for which --help and a wrong key need not wait
+
+    try:
+        build(config.method.name, config.method.params)
+    except InputError as error:
+        if error.file is not None or not tree.origins:
+            raise
+        what = str(error).removesuffix(f". {error.remedy}")
+        at = tree.origin((error.key or "method").replace("method.", "method.params.", 1))
+        if at is None:
+            raise
+        raise InputError(what, file=at.file, line=at.line, remedy=error.remedy) from None
+
+
+def _check_study(study: StudyConfig, run: RunConfig, written: Layer) -> None:
+    if run.budget.currency != study.primary_currency:
+        what = f"the study compares at equal {study.primary_currency}, its runs end at {run.budget.currency}"
+        raise written.error("primary_currency", what, "Set overrides.budget.currency and amount to match")
+    metrics = {"primary_metric": study.primary_metric}
+    metrics |= {f"claims.{i}.metric": claim.metric for i, claim in enumerate(study.claims)}
+    known = [f"pass_at_{k}" for k in run.evaluation.k]
+    for key, metric in metrics.items():
+        if metric not in known:
+            raise written.error(key, "is not evaluated", did_you_mean(metric, known), metric)

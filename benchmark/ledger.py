@@ -1,0 +1,110 @@
+"""What a run spends: an append-only record, one row per event that costs, and the budget that ends the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmark.jsonl import append_rows
+
+CURRENCIES = (
+    "rollouts",
+    "prompt_tokens",
+    "tokens_generated",
+    "tokens_scored",
+    "tokens_backpropagated",
+    "flops",
+)
+FATES = ("trained", "filtered", "overflow", "failed")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """FLOPs of a token: 2 per parameter forward, 4 per parameter backward (attention scores left out).
+
+    Attributes:
+        parameters: parameters that multiply a token (the tied output head once; embedding look-ups are free).
+    """
+
+    parameters: int
+
+    def forward(self, tokens: int) -> int:
+        return 2 * self.parameters * tokens
+
+    def backward(self, tokens: int) -> int:
+        return 4 * self.parameters * tokens
+
+
+@dataclass
+class Ledger:
+    """Cumulative spend of one run and the rows that add up to it.
+
+    ``ledger.jsonl`` holds only countable currencies, so equal runs write equal bytes; measured seconds are in
+    ``timings.jsonl``. Rollout rows carry a fate; drawn = trained + filtered + overflow + failed.
+    """
+
+    path: Path
+    rows: int = 0
+    spent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CURRENCIES, 0))
+    evaluated: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CURRENCIES, 0))
+    drawn: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
+
+    def charge(self, step: int, event: str, fate: str | None = None, **amounts: int) -> None:
+        """Append one event. `amounts` are keyed by currency; evaluation never counts against the budget."""
+        row: dict[str, Any] = {"row": self.rows, "step": step, "event": event, "fate": fate}
+        row |= {currency: amounts.pop(currency, 0) for currency in CURRENCIES}
+        if amounts:
+            raise KeyError(f"unknown currencies {sorted(amounts)}; known: {', '.join(CURRENCIES)}")
+        append_rows(self.path, [row])
+        self.rows += 1
+        account = self.evaluated if event == "evaluation" else self.spent
+        for currency in CURRENCIES:
+            account[currency] += row[currency]
+        if fate is not None:
+            self.drawn[fate] += row["rollouts"]
+
+    def state(self) -> dict[str, Any]:
+        """Totals for a checkpoint."""
+        return {"rows": self.rows, "spent": self.spent, "evaluated": self.evaluated, "drawn": self.drawn}
+
+    @classmethod
+    def restore(cls, path: Path, state: dict[str, Any]) -> Ledger:
+        return cls(path, state["rows"], dict(state["spent"]), dict(state["evaluated"]), dict(state["drawn"]))
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A part of a batch that certainly fits the rest of the budget."""
+
+    prompts: int
+    rollouts: int
+    max_tokens: int
+    cut: bool = False  # the token limit is the budget's, not the protocol's: such rollouts never train
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A currency and an amount; the only stop rule, and the x-axis of every curve.
+
+    A run ends exactly at its amount without favouring short answers: rollouts are admitted by their worst case
+    before they are drawn, never by their outcome after. Near the end a batch is therefore drawn in shrinking parts,
+    and the few tokens that cannot hold one whole rollout are spent on rollouts that do not train.
+    """
+
+    currency: str
+    amount: int
+
+    def remaining(self, spent: int) -> int:
+        return self.amount - spent
+
+    def admit(self, remaining: int, prompts: int, group: int, max_tokens: int) -> Admission:
+        """The largest part of ``prompts * group`` rollouts whose worst case fits `remaining` (> 0)."""
+        worst = max_tokens if self.currency == "tokens_generated" else 1
+        affordable = min(remaining // worst, prompts * group)
+        if affordable >= group:
+            whole = affordable // group
+            return Admission(whole, whole * group, max_tokens)
+        if affordable >= 1:
+            return Admission(1, affordable, max_tokens)
+        return Admission(1, 1, remaining, cut=True)

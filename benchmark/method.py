@@ -1,0 +1,160 @@
+"""What a method decides. A method file holds these decisions and nothing else.
+
+One training step asks, in order: `allocate` (how many rollouts each prompt gets), `keep` (which groups train),
+`credit` (one advantage per rollout), `modulate` (one advantage per token), and reads `loss` (clip range, aggregation,
+regularisers) as data. Every decision has the GRPO default, so a method states only what it changes. Decisions are
+pure: they see immutable views and return arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmark.groups import Groups
+from benchmark.history import HistoryView
+
+Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
+Kind = Literal["baseline", "method", "control", "external"]
+Change = Literal["allocation", "selection", "advantage", "token", "loss", "baseline", "optimiser"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The policy-gradient loss as data.
+
+    Per token, with ratio r = pi / pi_old and advantage A, the clipped surrogate of PPO (arXiv 1707.06347) is
+    ``max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))``; for A < 0 it is capped at ``-A dual_clip``
+    (dual clip, arXiv 1912.09729).
+
+    Attributes:
+        clip_low, clip_high: the clip range; ``clip=False`` uses the plain ratio.
+        dual_clip: cap of the ratio where A < 0, or ``None``.
+        aggregation: ``token_mean`` over all tokens of an update batch (DAPO, verl), ``sequence_mean`` (mean over
+            rollouts of their token means, GRPO's paper), ``constant_length`` (sum over tokens / (rollouts x token
+            limit), Dr. GRPO).
+        prompt_weight: ``rollouts`` lets a prompt count by its number of rollouts n_i; ``equal`` weighs a rollout by
+            mean(n) / n_i so that an uneven allocation does not change the objective.
+        entropy_coefficient: c in ``L - c * mean entropy`` (same aggregation).
+    """
+
+    clip: bool = True
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = 10.0
+    aggregation: Aggregation = "token_mean"
+    prompt_weight: Literal["rollouts", "equal"] = "rollouts"
+    entropy_coefficient: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Every generated token of one update batch, flat over rollouts. Tensors are (T,) and detached.
+
+    Attributes:
+        advantage: the rollout's advantage, repeated over its tokens.
+        log_prob, old_log_prob: log pi of the sampled token under the current and the rollout policy.
+        entropy: H of the current policy at the token, in nats, over the full vocabulary.
+        sum_p2: sum_b pi_b^2.
+        sum_p2_log_p: sum_b pi_b^2 log pi_b.
+        rollout: which rollout of the update batch the token belongs to.
+        uniform: one uniform draw per token from a keyed stream, for methods that pick tokens at random.
+        loss: the loss the update will use (its clip range decides which tokens are clipped).
+    """
+
+    advantage: Tensor
+    log_prob: Tensor
+    old_log_prob: Tensor
+    entropy: Tensor
+    sum_p2: Tensor
+    sum_p2_log_p: Tensor
+    rollout: Tensor
+    uniform: Tensor
+    loss: Loss
+
+    @property
+    def ratio(self) -> Tensor:
+        """pi / pi_old, (T,)."""
+        return torch.exp(self.log_prob - self.old_log_prob)
+
+    @property
+    def clipped(self) -> Tensor:
+        """(T,) bool: the clip range stops the gradient of this token."""
+        ratio = self.ratio
+        high = (self.advantage > 0) & (ratio > 1 + self.loss.clip_high)
+        low = (self.advantage < 0) & (ratio < 1 - self.loss.clip_low)
+        return high | low
+
+
+@dataclass(frozen=True)
+class TokenCredit:
+    """What `modulate` returns.
+
+    Attributes:
+        advantage: (T,) advantage per token; 0 removes a token's policy gradient but keeps it in the denominator.
+        mask: (T,) bool, tokens that count at all (numerator and denominator); ``None`` keeps all.
+        kl_coefficient: (T,) weight of the penalty |log pi - log pi_old| per token; ``None`` is 0 everywhere.
+    """
+
+    advantage: Tensor
+    mask: Tensor | None = None
+    kl_coefficient: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """GRPO's decisions with uniform allocation; subclasses override what they change.
+
+    Class attributes describe the arm (`rolloutbench methods`): `family`, `kind`, `changes`, `reference` (arXiv id) and
+    `faithful_to` (what the file follows, and where it deviates).
+    """
+
+    family: ClassVar[str] = ""
+    kind: ClassVar[Kind] = "external"
+    changes: ClassVar[tuple[Change, ...]] = ()
+    reference: ClassVar[str] = ""
+    faithful_to: ClassVar[str] = ""
+
+    loss: Loss = field(default_factory=Loss)
+
+    @property
+    def max_draws(self) -> int:
+        """Generation batches a step may draw while too few groups are kept (1: no dynamic sampling)."""
+        return 1
+
+    @property
+    def half_life(self) -> float | None:
+        """Visits after which a remembered outcome counts half; ``None`` remembers everything."""
+        return None
+
+    def allocate(self, history: HistoryView, budget: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Rollouts n_i of every prompt of the batch, (P,) int64, summing to exactly `budget`.
+
+        The default is uniform; a remainder goes to the first prompts, which the prompt order already shuffled.
+        """
+        prompts = len(history.trials)
+        n = np.full(prompts, budget // prompts, dtype=np.int64)
+        n[: budget % prompts] += 1
+        return n
+
+    def keep(self, groups: Groups) -> Tensor:
+        """(P,) bool: the groups that train. Dropped groups stay charged."""
+        return groups.size > 0
+
+    def credit(self, groups: Groups) -> Tensor:
+        """(R,) float32: one advantage per rollout."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how a rollout is credited")
+
+    def modulate(self, tokens: Tokens) -> TokenCredit:
+        """One advantage per token; the default repeats the rollout's."""
+        return TokenCredit(tokens.advantage)
+
+    @property
+    def modulates(self) -> bool:
+        """Whether `modulate` reads statistics of the whole update batch (an extra pass where it is split)."""
+        return type(self).modulate is not Method.modulate

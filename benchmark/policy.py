@@ -1,0 +1,101 @@
+"""Loading and saving the policy: a transformers causal LM, its tokenizer and where it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmark.transformer import Shape, Weights, fuse
+
+
+def prepare_machine(threads: int = 1) -> torch.device:
+    """Settings every process of a run starts with; returns the device.
+
+    One thread per process keeps results bit-reproducible and is faster than two on two busy cores. The matmul
+    precision ``medium`` selects oneDNN's float32 kernels; no value is rounded to bfloat16 on CPU for it to act (a
+    test holds results float32-exact). glibc keeps freed memory, since fresh pages cost more than small kernels.
+    """
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    torch.set_float32_matmul_precision("medium")
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: slower, not different
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model, its tokenizer and its fused view.
+
+    Attributes:
+        model: transformers causal LM of the Qwen2 / Llama family, on its device.
+        tokenizer: its tokenizer, with an end-of-sequence token.
+    """
+
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device) -> Policy:
+        """Read a local folder or a hub id.
+
+        Raises:
+            InputError: the architecture is not supported.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # seconds of work; the run has its own bar
+
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model.to(device)
+        Shape.of(model.config)
+        return cls(model.train(), AutoTokenizer.from_pretrained(path))
+
+    def save(self, path: Path) -> None:
+        """Write model (safetensors) and tokenizer as a transformers folder."""
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+    def fused(self) -> Weights:
+        """Fused weights; differentiable under autograd."""
+        return fuse(self.model)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Trainable parameters by name, tied ones once."""
+        return dict(self.model.named_parameters())
+
+    @property
+    def size(self) -> int:
+        """Parameters that multiply a token: all of them, less an untied embedding."""
+        total: int = sum(p.numel() for p in self.model.parameters())
+        config = self.model.config
+        untied = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        return total - int(untied)
+
+    @property
+    def end(self) -> int:
+        """Id of the end-of-sequence token."""
+        return int(self.tokenizer.eos_token_id)
+
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        """Token ids of each prompt, without special tokens."""
+        ids: list[list[int]] = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def decode(self, tokens: list[list[int]]) -> list[str]:
+        """Text of each generated sequence, special tokens dropped."""
+        texts: list[str] = self.tokenizer.batch_decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return texts

@@ -1,0 +1,89 @@
+"""A batch of rollouts, ragged from the start: flat token tensors and lengths, never (prompts, G, time)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+def starts(lengths: Tensor) -> Tensor:
+    """Offset of each row in the flat tensor, (N,) int64."""
+    return torch.cumsum(lengths, 0) - lengths
+
+
+def ragged_index(rows: Tensor, lengths: Tensor) -> Tensor:
+    """Flat positions of the chosen `rows` of a ragged tensor, in the order given; (sum lengths[rows],)."""
+    chosen = lengths[rows]
+    begin = torch.repeat_interleave(starts(lengths)[rows] - starts(chosen), chosen)
+    return begin + torch.arange(int(chosen.sum()), device=lengths.device)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """R rollouts of P prompts with T generated tokens in all.
+
+    Attributes:
+        prompt_tokens: flat prompt token ids, (sum prompt_length,) int64.
+        prompt_length: (P,) int64.
+        prompt: (R,) int64, the prompt of each rollout; non-decreasing.
+        tokens: (T,) int64 generated ids, end-of-sequence included where it was reached.
+        length: (R,) int64, generated tokens per rollout, >= 1.
+        log_prob: (T,) float32, log-probability of each generated token under the policy that sampled it.
+        finished: (R,) bool, ended by end-of-sequence (else cut by the token limit).
+    """
+
+    prompt_tokens: Tensor
+    prompt_length: Tensor
+    prompt: Tensor
+    tokens: Tensor
+    length: Tensor
+    log_prob: Tensor
+    finished: Tensor
+
+    @property
+    def prompts(self) -> int:
+        return len(self.prompt_length)
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def select_prompts(self, prompts: Tensor) -> Rollouts:
+        """The groups of the given prompts (int64, distinct), renumbered 0.. in that order."""
+        rows = torch.cat([torch.nonzero(self.prompt == p).flatten() for p in prompts.tolist()] or [self.prompt[:0]])
+        number = torch.full((self.prompts,), -1, dtype=torch.int64, device=self.prompt.device)
+        number[prompts] = torch.arange(len(prompts), device=prompts.device)
+        flat = ragged_index(rows, self.length)
+        return replace(
+            self,
+            prompt_tokens=self.prompt_tokens[ragged_index(prompts, self.prompt_length)],
+            prompt_length=self.prompt_length[prompts],
+            prompt=number[self.prompt[rows]],
+            tokens=self.tokens[flat],
+            length=self.length[rows],
+            log_prob=self.log_prob[flat],
+            finished=self.finished[rows],
+        )
+
+    def rows_of(self, prompts: Tensor) -> Tensor:
+        """Rollout numbers of the groups of `prompts`, in the order `select_prompts` keeps them."""
+        return torch.cat([torch.nonzero(self.prompt == p).flatten() for p in prompts.tolist()] or [self.prompt[:0]])
+
+    def texts(self) -> list[list[int]]:
+        """Generated token ids per rollout."""
+        return [piece.tolist() for piece in torch.split(self.tokens, self.length.tolist())]
+
+
+def concatenate(parts: list[Rollouts]) -> Rollouts:
+    """Join batches of different prompts; prompts are renumbered in order."""
+    offsets = torch.tensor([0, *(part.prompts for part in parts)]).cumsum(0).tolist()
+    return Rollouts(
+        prompt_tokens=torch.cat([part.prompt_tokens for part in parts]),
+        prompt_length=torch.cat([part.prompt_length for part in parts]),
+        prompt=torch.cat([part.prompt + offset for part, offset in zip(parts, offsets, strict=False)]),
+        tokens=torch.cat([part.tokens for part in parts]),
+        length=torch.cat([part.length for part in parts]),
+        log_prob=torch.cat([part.log_prob for part in parts]),
+        finished=torch.cat([part.finished for part in parts]),
+    )

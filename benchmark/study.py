@@ -1,0 +1,296 @@
+"""A study from plan to report: write the plan, warm the policy up, let workers run missing cells, report."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from benchmark.cells import Cell, claim, owner, read_json
+from benchmark.compose import Plan
+from benchmark.config import RunConfig, digest
+from benchmark.errors import InputError
+from benchmark.jsonl import atomic_write_json
+from benchmark.progress import Bar, Display
+from benchmark.workers import Pool, RunCell, default_workers
+
+if TYPE_CHECKING:
+    from benchmark.run import RunProgress
+
+POLL_SECONDS = 0.5
+MIRROR_SECONDS = 15.0
+MIRROR_PATIENCE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an invocation ended.
+
+    Attributes:
+        done, total: cells with a result, made now or before, and all cells.
+        failed: reason by cell, for cells that failed in this invocation.
+        interrupted: the user cut it short.
+    """
+
+    done: int
+    total: int
+    failed: dict[str, str]
+    interrupted: bool
+
+
+@dataclass
+class Interrupts:
+    """Counts Ctrl-C and SIGTERM instead of raising, inside the ``with``."""
+
+    count: int = 0
+    _before: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+
+
+def plan_record(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
+    """What ``plan.json`` says: the question, what would answer it, and every cell with its folder."""
+    study, first = plan.study, plan.runs[0]
+    return {
+        "study": study.study,
+        "question": study.question,
+        "claims": [claim.model_dump(mode="json") for claim in study.claims],
+        "decision_rule": study.decision_rule,
+        "primary_metric": study.primary_metric,
+        "primary_currency": study.primary_currency,
+        "scale": first.scale,
+        "task": first.task.name,
+        "families": list(first.task.families),
+        "arms": [arm.label for arm in study.arms],
+        "seeds": list(study.seeds),
+        "reference": study.reference,
+        "cells": [
+            {
+                "arm": cell.config.arm,
+                "seed": cell.config.seed,
+                "run_hash": cell.run_hash,
+                "dir": f"cells/{cell.folder.name}",
+            }
+            for cell in cells
+        ],
+    }
+
+
+def run_study(
+    plan: Plan,
+    folder: Path,
+    *,
+    workers: int | None = None,
+    tracking_uri: str | None = None,
+    run: RunCell | None = None,
+    prepare: Callable[[RunConfig], object] | None = None,
+    report: Callable[[Path], object] | None = None,
+    display: Display | None = None,
+) -> Outcome:
+    """Run what is missing of `plan` in `folder` and write the report.
+
+    Args:
+        plan: the study and its runs, in the order in which to run them.
+        folder: ``results/<study>``.
+        workers: processes; one per core by default.
+        tracking_uri: MLflow store that follows the files; None for no mirror.
+        run, prepare, report: replace training, warm-up and report (tests, other schedulers).
+        display: where progress is shown.
+
+    Raises:
+        InputError: a folder holds another run.
+        WorkersFailedError: worker processes cannot start.
+    """
+    display = display or Display()
+    cells = [Cell.of(folder, config) for config in plan.runs]
+    for cell in cells:
+        cell.check()
+    missing = [cell for cell in cells if cell.result() is None]
+    record = plan_record(plan, cells)
+    _announce(display, folder, record, len(missing))
+    atomic_write_json(folder / "plan.json", record)
+    invocation = uuid.uuid4().hex
+    interrupts = Interrupts()
+    with _mirrored(tracking_uri, folder, plan.study.study, display):
+        if missing:
+            _warm_up([cell.config for cell in missing], prepare, display)
+            count = min(workers or default_workers(), len(missing))
+            pool = Pool(cells, count, invocation, folder / "workers.log", run)
+            with interrupts:
+                _supervise(pool, interrupts, display)
+        failed = {cell.folder.name: why for cell in cells if (why := cell.failure(invocation)) is not None}
+        done = sum(cell.result() is not None for cell in cells)
+        if failed:
+            atomic_write_json(folder / "plan.json", {**record, "failures": _failures(cells, failed)})
+        if done and not interrupts.count:
+            (report or _write_report)(folder)
+    return Outcome(done, len(cells), failed, interrupts.count > 0)
+
+
+def run_single(config: RunConfig, out: Path, *, display: Display | None = None) -> Outcome:
+    """Run or resume one configuration in the folder `out`, in this process.
+
+    Raises:
+        InputError: `out` holds another run, or another process is running it.
+    """
+    from benchmark.run import Interrupted, run_cell
+
+    display = display or Display()
+    cell = Cell(config, out)
+    cell.check()
+    if cell.result() is not None:
+        return Outcome(1, 1, {}, False)
+    _warm_up([config], None, display)
+    lease = claim(out)
+    if lease is None:
+        holder = owner(out) or {}
+        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        raise InputError(f"{who} is running it", file=out, remedy="Wait for it, or choose another folder")
+
+    def show(at: RunProgress) -> None:
+        display.update(Bar(f"{config.arm} seed {config.seed}", at.spent, at.planned, at.currency, at.message))
+
+    with lease, Interrupts() as interrupts, display:
+        try:
+            run_cell(config, out, progress=show, should_stop=lambda: interrupts.count > 0 or not lease.held)
+        except Interrupted:
+            return Outcome(0, 1, {}, True)
+    return Outcome(1, 1, {}, False)
+
+
+def bars(cells: Sequence[Cell], done: dict[str, int]) -> tuple[Bar, list[Bar]]:
+    """Total and running bars from what the cells' files say; `done` remembers finished cells between calls.
+
+    Args:
+        cells: all cells of the study.
+        done: spend of finished cells by folder name, extended in place.
+    """
+    currency, running, spent = cells[0].config.budget.currency, [], 0
+    for cell in cells:
+        name = cell.folder.name
+        if name not in done and cell.result() is not None:
+            done[name] = cell.config.budget.amount
+        if name in done:
+            continue
+        progress = read_json(cell.folder / "progress.json")
+        if progress is None:
+            continue
+        spent += progress["spent"]
+        if owner(cell.folder) is not None:
+            planned, message = cell.config.budget.amount, str(progress.get("message", ""))
+            running.append(
+                Bar(f"{cell.config.arm} s{cell.config.seed}", progress["spent"], planned, currency, message)
+            )
+    total = f"{len(done)}/{len(cells)} cells"
+    planned = sum(cell.config.budget.amount for cell in cells)
+    return Bar(total, spent + sum(done.values()), planned, currency), running
+
+
+def _supervise(pool: Pool, interrupts: Interrupts, display: Display) -> None:
+    finished: dict[str, int] = {}
+    told = False
+    try:
+        with display:
+            pool.start()
+            while pool.poll():
+                display.update(*bars(pool.cells, finished))
+                if interrupts.count and not told:
+                    told = True
+                    display.note("Stopping after the step at hand; press Ctrl-C again to stop at once")
+                    pool.stop()
+                if interrupts.count > 1:
+                    return
+                time.sleep(POLL_SECONDS)
+    finally:
+        pool.kill()
+
+
+def _warm_up(
+    configs: Sequence[RunConfig], prepare: Callable[[RunConfig], object] | None, display: Display
+) -> None:
+    """Make each distinct starting policy once, before workers would all make it at the same time."""
+    distinct = {digest({"policy": c.policy.model_dump(), "task": c.task.model_dump()}): c for c in configs}
+    for config in distinct.values():
+        (prepare or _ensure_policy)(config)
+
+
+def _ensure_policy(config: RunConfig) -> None:
+    from benchmark.warmup import ensure_policy  # torch
+
+    ensure_policy(config)
+
+
+@contextlib.contextmanager
+def _mirrored(uri: str | None, folder: Path, experiment: str, display: Display) -> Iterator[None]:
+    """Let MLflow follow the files from a thread of its own, and catch up at the end."""
+    if uri is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def follow() -> None:
+        try:
+            from benchmark.mirror import Mirror
+
+            mirror = Mirror(uri, folder, experiment)
+            while not ended.wait(MIRROR_SECONDS):
+                mirror.sync()
+            mirror.close()
+        # The files are the record; nothing that the mirror meets may stop the study.
+        except Exception as error:
+            display.note(
+                f"MLflow mirror stopped ({type(error).__name__}: {error}); `rolloutbench mirror` restores it"
+            )
+
+    thread = threading.Thread(target=follow, name="mirror", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(MIRROR_PATIENCE_SECONDS)
+        if thread.is_alive():
+            display.note(f"MLflow does not answer; later: rolloutbench mirror --rebuild {folder}")
+
+
+def _write_report(folder: Path) -> None:
+    from analysis.report import write_report
+
+    write_report(folder)
+
+
+def _failures(cells: Sequence[Cell], failed: dict[str, str]) -> list[dict[str, Any]]:
+    return [
+        {"arm": cell.config.arm, "seed": cell.config.seed, "error": failed[cell.folder.name]}
+        for cell in cells
+        if cell.folder.name in failed
+    ]
+
+
+def _announce(display: Display, folder: Path, record: dict[str, Any], missing: int) -> None:
+    before = read_json(folder / "plan.json")
+    if before is not None and before.get("scale") != record["scale"]:
+        display.note(
+            f"{folder} last held scale {before.get('scale')}: its cells stay, its report is replaced"
+        )
+    total = len(record["cells"])
+    display.note(
+        f"{record['study']}: {total} cells at scale {record['scale']}, {missing} to run, in {folder}"
+    )

@@ -1,0 +1,118 @@
+"""Everything a user types: `nox -l` lists it.
+
+Options of the long sessions go behind `--`, for instance `nox -s reproduce_main_table -- --scale smoke`.
+
+Environment variables:
+    ROLLOUTBENCH_NOX_BACKEND: nox's backend for environments: `venv` (default), `virtualenv`, `uv`, or `none`,
+        which runs in the environment nox itself is in and installs nothing.
+    ROLLOUTBENCH_TORCH: what pip is told to install as torch instead of the tested `torch==2.13.0`: a
+        specifier, a wheel or a specifier with options, for instance `"torch --index-url URL"` for a GPU.
+
+Torch goes in before everything else, so that no other package chooses its build.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints" / "cpu.txt"
+TORCH = os.environ.get("ROLLOUTBENCH_TORCH", "")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = str(min(CORES, 8))
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = os.environ.get("ROLLOUTBENCH_NOX_BACKEND", "venv")
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests"]
+
+# One thread a process, one process a core: more threads than cores make small products several times slower.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def install(session: nox.Session, extras: str = "") -> None:
+    """Torch first, then the checkout in editable form; nothing when a former start installed the same."""
+    if session.venv_backend == "none":
+        return
+    wanted = hashlib.sha256(f"{ROOT}\n{TORCH}\n{extras}\n".encode())
+    wanted.update((ROOT / "pyproject.toml").read_bytes() + CONSTRAINTS.read_bytes())
+    location = getattr(session.virtualenv, "location", None)
+    stamp = Path(location) / "rolloutbench-installed" if location else None
+    if stamp is not None and stamp.exists() and stamp.read_text() == wanted.hexdigest():
+        return
+    constraints = CONSTRAINTS
+    if TORCH:
+        constraints = Path(session.create_tmp()).resolve() / "constraints.txt"
+        lines = CONSTRAINTS.read_text().splitlines(keepends=True)
+        constraints.write_text("".join(line for line in lines if not line.startswith("torch==")))
+    session.install(*shlex.split(TORCH or "torch==2.13.0"), "-c", str(constraints))
+    session.install("-c", str(constraints), "-e", f".[{extras}]" if extras else ".")
+    if stamp is not None:
+        stamp.write_text(wanted.hexdigest())
+
+
+def install_tool(session: nox.Session, *requirements: str) -> None:
+    """A tool that needs nothing of the suite, in its tested version."""
+    if session.venv_backend != "none":
+        session.install("-c", str(CONSTRAINTS), *requirements)
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    """Run pytest with one worker process per core, offline."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    session.run("pytest", "-q", "-n", WORKERS, *arguments, *session.posargs, env=ENVIRONMENT | offline)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests, without the slow ones."""
+    install(session, "dev")
+    pytest(session, "-m", "not slow")
+
+
+@nox.session(default=False)
+def tests_slow(session: nox.Session) -> None:
+    """The tests that take minutes."""
+    install(session, "dev")
+    pytest(session, "-m", "slow")
+
+
+@nox.session(default=False)
+def lint(session: nox.Session) -> None:
+    """Style and formatting (ruff)."""
+    install_tool(session, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(default=False)
+def types(session: nox.Session) -> None:
+    """Static types (mypy, strict)."""
+    install(session, "dev")
+    session.run("mypy")
+
+
+@nox.session(default=False)
+def reproduce_main_table(session: nox.Session) -> None:
+    """Every arm and seed of the main table on this machine; resumes; results/main_table/REPORT.md."""
+    install(session)
+    session.run("rolloutbench", "study", "configs/studies/main_table.yaml", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
+def dashboard(session: nox.Session) -> None:
+    """The MLflow interface on 127.0.0.1 (options behind `--`, for instance `--port 5001`)."""
+    install_tool(session, "mlflow")
+    store = ("--backend-store-uri", "sqlite:///mlflow.db")
+    session.run("mlflow", "ui", "--host", "127.0.0.1", *store, *session.posargs, env=ENVIRONMENT)

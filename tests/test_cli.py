@@ -1,0 +1,279 @@
+"""The command line: exit codes, one-line errors, and what each command hands to the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import benchmark
+from benchmark import cells
+from benchmark.cli import app
+from benchmark.compose import compose_run, compose_study
+from benchmark.config import RunConfig
+from benchmark.jsonl import atomic_write_json
+
+ROOT = Path(benchmark.__path__[0]).parent
+COMMANDS = ["run", "study", "methods", "warmup", "report", "mirror"]
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+class Stub(ModuleType):
+    """A module with the given functions, in the place of a heavy one."""
+
+    def __init__(self, name: str, **members: Any) -> None:
+        super().__init__(name)
+        self.__dict__.update(members)
+
+
+class Interrupted(Exception):  # noqa: N818 (its model is called so)
+    """Stands for `benchmark.run.Interrupted`."""
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """Replaces training and warm-up; returns the configurations that were run."""
+    seen: list[RunConfig] = []
+
+    def run_cell(
+        config: RunConfig, out: Path, *, progress: Callable[[Any], None], should_stop: Callable[[], bool]
+    ) -> None:
+        seen.append(config)
+        if config.seed == 13:
+            raise Interrupted
+        atomic_write_json(out / "result.json", {"run_hash": config.run_hash})
+
+    stub = Stub("benchmark.run", run_cell=run_cell, Interrupted=Interrupted)
+    monkeypatch.setitem(sys.modules, "benchmark.run", stub)
+    warmup = Stub("benchmark.warmup", ensure_policy=lambda config: Path("policies") / config.scale)
+    monkeypatch.setitem(sys.modules, "benchmark.warmup", warmup)
+    return seen
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert f"  rolloutbench {command}" in result.stdout
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys; from benchmark.cli import app; app(['--help'], standalone_mode=False); "
+        "print([m for m in ('torch', 'mlflow', 'transformers', 'numpy', 'pydantic') if m in sys.modules])"
+    )
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "grppo", "--out", "x"],
+        ["run", "grpo", "--scale", "smoek", "--out", "x"],
+        ["run", "grpo", "--set", "rollout.temperature=0", "--out", "x"],
+        ["run", "grpo", "--set", "rollout.temperature", "--out", "x"],
+        ["run", "grpo", "--budget", "4096", "--out", "x"],
+        ["run", "grpo", "--budget", "hours=3", "--out", "x"],
+        ["study", "main_tabel"],
+        ["study", "absent.yaml"],
+        ["report", "absent"],
+        ["mirror", "absent"],
+        ["warmup", "--task", "absent"],
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str]) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", "grpo"], ["run", "grpo", "--seed", "-1", "--out", "x"], ["study"], ["nonsense"]]
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    assert call(*arguments).exit_code == 2
+
+
+def test_bad_input_shows_no_traceback_from_the_console_script(tmp_path: Path) -> None:
+    code = "from benchmark.cli import main; main()"
+    command = [sys.executable, "-c", code, "run", "grpo", "--set", "budget.amount=1", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "budget.amount" in result.stderr
+    assert "at least 384" in result.stderr
+
+
+def test_run_hands_over_what_was_asked(training: list[RunConfig], tmp_path: Path) -> None:
+    asked = [
+        "--scale",
+        "smoke",
+        "--seed",
+        "3",
+        "--budget",
+        "rollouts=4096",
+        "--set",
+        "method.allocation.n_low=2",
+    ]
+    result = call("run", "dynamo", *asked, "--out", tmp_path / "dynamo")
+    assert result.exit_code == 0, result.stderr
+    options = ["budget.currency=rollouts", "budget.amount=4096", "method.allocation.n_low=2"]
+    assert training == [compose_run("dynamo", scale="smoke", seed=3, options=options)]
+    assert training[0].budget.currency == "rollouts"
+    assert training[0].method.params == {"allocation": {"n_low": 2}}
+
+
+def test_a_finished_run_is_not_run_again(training: list[RunConfig], tmp_path: Path) -> None:
+    assert call("run", "grpo", "--out", tmp_path / "a").exit_code == 0
+    assert call("run", "grpo", "--out", tmp_path / "a").exit_code == 0
+    assert len(training) == 1
+    other = call("run", "grpo", "--seed", "1", "--out", tmp_path / "a")
+    assert other.exit_code == 2
+    assert "another configuration" in other.stderr
+
+
+def test_a_run_that_another_process_holds_is_refused(training: list[RunConfig], tmp_path: Path) -> None:
+    lease = cells.claim(tmp_path)
+    assert lease is not None
+    result = call("run", "grpo", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert f"process {os.getpid()}" in result.stderr
+    lease.release()
+    assert call("run", "grpo", "--out", tmp_path).exit_code == 0
+
+
+def test_an_interrupted_run_exits_with_130(training: list[RunConfig], tmp_path: Path) -> None:
+    result = call("run", "grpo", "--seed", "13", "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "same command continues" in result.stderr
+
+
+def test_ctrl_c_outside_training_exits_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(_: RunConfig) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "benchmark.warmup", Stub("benchmark.warmup", ensure_policy=interrupted))
+    assert call("warmup").exit_code == 130
+
+
+def test_methods_lists_every_arm_with_the_documented_fields() -> None:
+    rows = json.loads(call("methods", "--json").stdout)
+    names = [row["name"] for row in rows]
+    assert {"grpo", "dapo", "dynamo"} <= set(names)
+    assert names == sorted(set(names))
+    for row in rows:
+        assert set(row) == {"name", "family", "kind", "changes", "reference", "faithful_to"}
+        assert row["kind"] in {"baseline", "method", "control", "external"}
+        known = {"allocation", "selection", "advantage", "token", "loss", "baseline", "optimiser"}
+        assert set(row["changes"]) <= known
+    assert all(name in call("methods").stdout for name in names)
+
+
+def test_warmup_prints_where_the_policy_is(training: list[RunConfig]) -> None:
+    assert call("warmup", "--scale", "smoke").stdout.strip() == str(Path("policies/smoke"))
+
+
+def test_a_dry_run_prints_cells_prices_and_power_and_runs_nothing(
+    training: list[RunConfig], tmp_path: Path
+) -> None:
+    cell = cells.Cell.of(tmp_path, compose_study("main_table", scale="smoke").runs[0])
+    amount = cell.config.budget.amount
+    spent = {"rollouts": 1000, "tokens_generated": amount, "flops": 2e12}
+    result = {"run_hash": cell.run_hash, "spent": spent, "wall_seconds": 30.0}
+    atomic_write_json(cell.folder / "result.json", result)
+    shown = call("study", "main_table", "--scale", "smoke", "--dry-run", "--workers", "3", "--out", tmp_path)
+    assert shown.exit_code == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert sum(line.startswith("to run ") for line in lines) == 27
+    assert sum(line.startswith("done ") for line in lines) == 1
+    assert "28 cells, 27 to run; unit prices measured in 1 finished cells" in shown.stdout
+    assert "rollouts 27k" in shown.stdout
+    assert "flops 54T" in shown.stdout
+    assert "about 4 min 30 s with 3 workers" in shown.stdout
+    assert "points with 2 seeds" in shown.stdout
+    assert training == []
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_dry_run_of_an_unpriced_study_says_so(training: list[RunConfig], tmp_path: Path) -> None:
+    shown = call("study", "main_table", "--dry-run", "--out", tmp_path).stdout
+    assert "rollouts unknown" in shown
+    assert "about unknown" in shown
+
+
+def test_study_exit_codes_follow_the_outcome(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmark import study
+
+    given: dict[str, Any] = {}
+
+    def pretend(outcome: study.Outcome) -> None:
+        def run_study(plan: Any, folder: Path, **options: Any) -> study.Outcome:
+            given.update(options, folder=folder, cells=len(plan.runs))
+            return outcome
+
+        monkeypatch.setattr(study, "run_study", run_study)
+
+    command = ["study", "main_table", "--seeds", "2", "--workers", "3", "--tracking-uri", "http://x"]
+    pretend(study.Outcome(28, 28, {}, False))
+    assert call(*command, "--out", tmp_path).exit_code == 0
+    assert given == {"workers": 3, "tracking_uri": "http://x", "folder": tmp_path, "cells": 28}
+    assert call(*command, "--no-mlflow").exit_code == 0
+    assert (given["tracking_uri"], given["folder"]) == (None, Path("results/main_table"))
+    pretend(study.Outcome(27, 28, {"grpo-s0-x": "ValueError: no"}, False))
+    failed = call(*command)
+    assert failed.exit_code == 1
+    assert "grpo-s0-x: ValueError: no" in failed.stderr
+    pretend(study.Outcome(3, 28, {}, True))
+    assert call(*command).exit_code == 130
+
+
+def test_report_and_mirror_act_on_a_study_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    atomic_write_json(tmp_path / "plan.json", {"study": "main_table"})
+    calls: list[tuple[str, ...]] = []
+
+    class Mirror:
+        def __init__(self, uri: str, folder: Path, experiment: str) -> None:
+            calls.append((uri, str(folder), experiment))
+
+        def close(self) -> bool:
+            calls.append(("close",))
+            return True
+
+        def rebuild(self) -> bool:
+            calls.append(("rebuild",))
+            return False
+
+    monkeypatch.setitem(sys.modules, "benchmark.mirror", Stub("benchmark.mirror", Mirror=Mirror))
+    written = Stub("analysis.report", write_report=lambda folder: calls.append(("report", str(folder))))
+    monkeypatch.setitem(sys.modules, "analysis.report", written)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert call("report", tmp_path).exit_code == 0
+    assert call("mirror", tmp_path).exit_code == 0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://store")
+    assert call("mirror", "--rebuild", tmp_path).exit_code == 1
+    assert calls == [
+        ("report", str(tmp_path)),
+        ("sqlite:///mlflow.db", str(tmp_path), "main_table"),
+        ("close",),
+        ("http://store", str(tmp_path), "main_table"),
+        ("rebuild",),
+    ]
