@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,4 +87,6 @@ def decide(answer: Answer) -> Answer:
     if d.low > effect:
         why = f"{measured}: the interval lies above, but not p after Holm's correction."
         return replace(answer, verdict=INCONCLUSIVE, reason=why)
-    return replace(answer, verdict=INCONCLUSIVE, reason=f"{measured}; detectable were {points(d.detectable())} points.")
+    smallest = d.detectable()
+    detectable = f"; detectable were {points(smallest)} points" if math.isfinite(smallest) else ""
+    return replace(answer, verdict=INCONCLUSIVE, reason=f"{measured}{detectable}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,7 +47,12 @@ class Difference:
     seed_sd: float
 
     def detectable(self, comparisons: int = 1) -> float:
-        """True difference found with 80 % probability at level .05 / `comparisons`; NaN for one seed."""
+        """True difference found with 80 % probability at level .05 / `comparisons`.
+
+        NaN for one seed, and where nothing differs in any cell, which says nothing about what could.
+        """
+        if self.error == 0:
+            return math.nan
         return self.error * detectable_shift(self.seeds, alpha=0.05 / comparisons)
 
 

@@ -75,10 +75,14 @@ def _binned(cost: Floats, values: Floats, bins: int) -> tuple[Floats, Floats]:
 
 
 def dynamic_arms(study: Study) -> list[str]:
-    """Arms that gave prompts of one step different numbers of rollouts in more than the last, cut steps."""
-    if study.allocation.empty:
+    """Arms that gave the prompts of most steps different numbers of rollouts; a run's last step is cut to its
+    budget.
+    """
+    rows = study.allocation
+    rows = rows[rows["step"] < rows.groupby(["arm", "seed"])["step"].transform("max")]
+    if rows.empty:
         return []
-    widths = study.allocation.groupby(["arm", "seed", "step"])["n"].agg(lambda n: n.max() - n.min())
+    widths = rows.groupby(["arm", "seed", "step"])["n"].agg(lambda n: n.max() - n.min())
     share = (widths >= 2).groupby("arm").mean()
     return [arm for arm in study.arms if share.get(arm, 0.0) > 0.5]
 
@@ -102,12 +106,10 @@ def rollout_shares(study: Study, arm: str, bins: int = 24) -> tuple[Floats, Floa
     table = table.reindex(index=values, columns=range(bins)).fillna(0.0)
     shares = table.to_numpy(float)
     total = shares.sum(axis=0)
-    # A part in which no step ended looks like the one before it.
-    shares = shares / np.where(total > 0, total, 1.0)
-    for column in range(1, bins):
-        if total[column] == 0:
-            shares[:, column] = shares[:, column - 1]
-    return edges, values.astype(float), shares
+    # A part in which no step ended looks like the last one before it in which one did, or the first of all.
+    known = np.flatnonzero(total > 0)
+    nearest = known[np.maximum(np.searchsorted(known, np.arange(bins), side="right") - 1, 0)]
+    return edges, values.astype(float), (shares / np.where(total > 0, total, 1.0))[:, nearest]
 
 
 def phase_seconds(study: Study) -> pd.DataFrame:

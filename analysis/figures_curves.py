@@ -76,7 +76,8 @@ def learning_curves(scores: Scores) -> Figure | None:
 def entropy_and_gradient_norm(scores: Scores) -> Figure | None:
     """Policy entropy and gradient norm over training spend, all arms in one panel each."""
     study, looks = scores.study, styles(scores.study.plan["arms"])
-    kept = [(key, label) for key, label in OPTIMISATION if key in study.steps]
+    curves = {key: {arm: step_curve(study, arm, key) for arm in study.arms} for key, _ in OPTIMISATION}
+    kept = [(key, label) for key, label in OPTIMISATION if any(curves[key].values())]
     if not kept:
         return None
     figure = new_figure(3.3)
@@ -84,15 +85,14 @@ def entropy_and_gradient_norm(scores: Scores) -> Figure | None:
     for axis, (key, label) in zip(axes, kept, strict=True):
         drawn = []
         for arm in study.arms:
-            curve = step_curve(study, arm, key)
+            curve = curves[key][arm]
             if curve is None:
                 continue
             drawn.append(curve)
             width = 1.9 if arm in (study.reference, "dynamo") else 1.0
             style = looks[arm]
             axis.plot(curve.cost, curve.mean, color=style.colour, linestyle=style.dash, linewidth=width, label=arm)
-        if drawn:
-            _positive_scale(axis, drawn)
+        _positive_scale(axis, drawn)
         axis.set_title(label, loc="left")
         axis.margins(x=0.02)
         axis.set_xlabel(cost_label(study.currency))

@@ -12,6 +12,7 @@ from analysis.comparisons import Difference, Scores
 from analysis.figures import Drawn, write_figures
 from analysis.formatting import amount, currency_name, exact
 from analysis.results import Study, load_study
+from analysis.summary import METHOD, headline
 from analysis.table_scores import (
     aggregates_table,
     claims_table,
@@ -47,17 +48,23 @@ def write_report(study_dir: Path) -> Path:
     scores = Scores(study)
     variance = _variance(study_dir)
     answers = answer_claims(scores, study.claims)
-    tables = {table.name: table for table in _tables(scores, answers, variance)}
+    differences = _differences(scores)
+    tables = {table.name: table for table in _tables(scores, answers, differences, variance)}
     folder = study_dir / TABLES
     folder.mkdir(exist_ok=True)
-    for stale in {path for path in folder.iterdir() if path.stem not in tables}:
-        stale.unlink()
+    for written in [path for suffix in ("md", "csv", "tex") for path in folder.glob(f"*.{suffix}")]:
+        if written.stem not in tables:
+            written.unlink()
     for table in tables.values():
         table.write(folder)
     figures = {drawn.name: drawn for drawn in write_figures(scores, study_dir / FIGURES, variance)}
     path = study_dir / "REPORT.md"
-    atomic_write_text(path, _compose(scores, answers, tables, figures))
+    atomic_write_text(path, _compose(scores, answers, headline(scores, differences), tables, figures))
     return path
+
+
+rebuild = write_report
+"""The same: a report is always made anew from the records."""
 
 
 def _variance(folder: Path) -> dict[str, Any] | None:
@@ -79,18 +86,22 @@ def _variance(folder: Path) -> dict[str, Any] | None:
     return dict(record) if record["rows"] else None
 
 
-def _tables(scores: Scores, answers: Sequence[Answer], variance: dict[str, Any] | None) -> Iterator[Table]:
+def _differences(scores: Scores) -> list[Difference]:
+    """Every arm against the reference, by metric and family; none where the reference has no finished run."""
     study = scores.study
+    pairs = [(arm, study.reference) for arm in study.arms if arm != study.reference]
+    return [difference for metric in study.metrics for difference in scores.differences(pairs, metric)]
+
+
+def _tables(
+    scores: Scores, answers: Sequence[Answer], differences: Sequence[Difference], variance: dict[str, Any] | None
+) -> Iterator[Table]:
     yield main_table(scores)
     if answers:
         yield claims_table(answers)
-    pairs = [(arm, study.reference) for arm in study.arms if arm != study.reference]
-    found: list[Difference] = []
-    if study.reference in study.arms:
-        found = [d for metric in study.metrics for d in scores.differences(pairs, metric)]
-    if found:
-        yield differences_table(scores, [d for d in found if d.metric == study.metric])
-        yield family_table(scores, found)
+    if differences:
+        yield differences_table(scores, [d for d in differences if d.metric == scores.study.metric])
+        yield family_table(scores, differences)
         yield cost_table(scores)
     yield aggregates_table(scores)
     yield ranking_table(scores)
@@ -101,7 +112,9 @@ def _tables(scores: Scores, answers: Sequence[Answer], variance: dict[str, Any] 
         yield variance_table(variance)
 
 
-def _compose(scores: Scores, answers: Sequence[Answer], tables: dict[str, Table], figures: dict[str, Drawn]) -> str:
+def _compose(
+    scores: Scores, answers: Sequence[Answer], result: str, tables: dict[str, Table], figures: dict[str, Drawn]
+) -> str:
     """REPORT.md: what is missing, the answers, then the evidence from the most to the least important."""
 
     def table(name: str) -> str:
@@ -114,7 +127,7 @@ def _compose(scores: Scores, answers: Sequence[Answer], tables: dict[str, Table]
     sections = {
         "What to know first": _problems(scores),
         "Claims": _claims(study, answers),
-        "Main table": table("main_table") + figure("final_accuracy"),
+        "Main table": f"{result}\n\n{table('main_table')}{figure('final_accuracy')}",
         f"Difference to {study.reference}": table("differences") + figure("differences"),
         "By family and number of tries": table("differences_by_family") + figure("pass_at_k"),
         "Learning curves and cost": figure("learning_curves") + table("cost_to_target"),
@@ -123,6 +136,7 @@ def _compose(scores: Scores, answers: Sequence[Answer], tables: dict[str, Table]
         "What was spent": table("spend") + table("rollouts") + table("seconds") + figure("spend_by_phase"),
         "During training": figure("entropy_and_gradient_norm") + figure("rollouts_per_prompt"),
         "Gradient variance": table("gradient_variance") + figure("gradient_variance"),
+        "How the numbers were made": METHOD,
         "How to reproduce": _reproduce(study),
         "Measured on": _measured_on(study),
     }
@@ -166,10 +180,11 @@ def _problems(scores: Scores) -> str:
 def _claims(study: Study, answers: Sequence[Answer]) -> str:
     if not answers:
         return ""
-    rule = str(study.plan.get("decision_rule") or "").strip() or RULE
+    stated = " ".join(str(study.plan.get("decision_rule") or "").split())
     lines = [f"- **{answer.verdict}**: {answer.text} {_evidence(answer)}\n" for answer in answers]
     links = ", ".join(f"[{suffix}]({TABLES}/claims.{suffix})" for suffix in ("csv", "tex"))
-    return f"Stated before any run ({links}); decided by this rule:\n\n> {rule}\n\n{''.join(lines)}"
+    plan = f"The rule as the plan states it: {stated}\n\n" if stated else ""
+    return f"Stated before any run ({links}).\n\n{''.join(lines)}\n{plan}The rule as it was applied: {RULE}"
 
 
 def _evidence(answer: Answer) -> str:
@@ -189,11 +204,12 @@ def _figure(drawn: Drawn) -> str:
 
 
 def _reproduce(study: Study) -> str:
-    scale, count = study.plan.get("scale", "small"), len(study.plan["seeds"])
-    if study.name == "main_table":
-        command = f"nox -s reproduce_main_table -- --scale {scale} --seeds {count}"
-    else:
-        command = f"rolloutbench study {study.name} --scale {scale} --seeds {count}"
+    seeds: list[int] = study.plan["seeds"]
+    options = f"--scale {study.plan.get('scale', 'small')}"
+    if seeds == list(range(len(seeds))):  # other seeds can only come from the study's own file
+        options += f" --seeds {len(seeds)}"
+    whole = "nox -s reproduce_main_table --" if study.name == "main_table" else f"rolloutbench study {study.name}"
+    command = f"{whole} {options}"
     return (
         f"```\n{command}\n```\n\nOnly missing runs are run. `rolloutbench report` with this folder makes this "
         "report again from the recorded files."

@@ -11,9 +11,8 @@ over families of the family means.
   allow only 32 sign flips of whole seeds, so that test (`sign_flip_test`) cannot fall below 0.0625; swapping
   cells can. Swapping alone would test only that the two arms are exchangeable in every cell, and would call
   the luck of a training run an effect of the method. The statistic is therefore studentised by a standard
-  error that holds the
-  differences between seeds: the test is exact for exchangeable cells and close to a paired t-test over seeds
-  (S - 1 degrees of freedom) where only the mean difference is zero.
+  error that holds the differences between seeds: the test is exact for exchangeable cells and close to a
+  paired t-test over seeds (S - 1 degrees of freedom) where only the mean difference is zero.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class TwoLevelBootstrap:
     A resample draws S seeds with replacement and, independently, the problems of each family with
     replacement. It moves the mean by a seed part (mean over the drawn seeds of the seed means) plus a problem
     part (likewise). Two corrections make the interval hold its 95 % from two seeds on, where the plain
-    percentile interval of five seeds covers about 83 % of a difference between seeds and counts the remaining
+    percentile interval of five seeds covers about 84 % of a difference between seeds and counts the remaining
     noise three times:
 
     * the seed part is stretched by ``sqrt(S / (S - 1)) * t(.975, S - 1) / 1.96``, so that it alone is as wide

@@ -137,7 +137,8 @@ def load_study(folder: Path) -> Study:
     """Read a results folder.
 
     Raises:
-        InputError: there is no plan, no cell is done, or a record is damaged.
+        InputError: there is no plan, no cell is done, a record is damaged, or a metric needs more samples than
+            were drawn.
     """
     plan = read_json(folder / "plan.json")
     if plan is None:
@@ -148,7 +149,7 @@ def load_study(folder: Path) -> Study:
     if not done:
         states = ", ".join(sorted({str(record.row["state"]) for record in records})) or "none planned"
         raise InputError(f"no cell is done ({states})", file=folder, remedy="Run the study first")
-    return Study(
+    study = Study(
         folder=folder,
         plan=plan,
         cells=pd.DataFrame([record.row for record in records]),
@@ -162,6 +163,16 @@ def load_study(folder: Path) -> Study:
         problems=tuple(_problems(plan, records)),
         ks=_ks(folder, done),
     )
+    for metric in (study.metric, *(str(claim.get("metric", study.metric)) for claim in study.claims)):
+        if k_of(metric) > study.samples:
+            raise InputError(
+                f"the final evaluation has only {study.samples} samples of an item",
+                file=folder / "plan.json",
+                key="metric",
+                value=metric,
+                remedy="Raise evaluation.final_samples, or ask for a smaller k",
+            )
+    return study
 
 
 @dataclass
@@ -246,6 +257,8 @@ def _state(cell: Path, plan: Mapping[str, Any], planned: Mapping[str, Any]) -> t
     progress = read_json(cell / "progress.json")
     if progress is None:
         return "missing", "it never ran"
+    if progress.get("state") == "done":
+        return "incomplete", "it has no result.json"
     return str(progress.get("state", "missing")), str(progress.get("message", ""))
 
 
@@ -302,8 +315,11 @@ def _problems(plan: Mapping[str, Any], records: list[_Record]) -> Iterator[str]:
     total = len(records)
     for state, words in _STATE_WORDS.items():
         cells = [record for record in records if record.row["state"] == state]
+        reasons: dict[str, list[str]] = {}
+        for record in cells:
+            reasons.setdefault(str(record.row["message"]).rstrip(": "), []).append(record.name)
         if cells:
-            named = "; ".join(f"{r.name}" + (f" ({r.row['message']})" if r.row["message"] else "") for r in cells)
+            named = "; ".join(f"{', '.join(names)}" + (f" ({why})" if why else "") for why, names in reasons.items())
             yield f"{len(cells)} of {total} cells {words}: {named}."
     done = [record for record in records if record.row["state"] == "done"]
     for record in done:

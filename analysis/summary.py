@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from analysis.comparisons import AVERAGE, Difference, Scores
 from analysis.formatting import interval, metric_name, points
 from analysis.statistics import RESAMPLES, holm
-from analysis.table_scores import detectable_sentence
+from analysis.table_scores import detectable_sentence, is_clear
 
 METHOD = f"""\
 - pass@k is the unbiased estimate 1 - C(n-c, k) / C(n, k) of the final evaluation, the last point of a run; no
@@ -47,7 +47,7 @@ def headline(scores: Scores, differences: Sequence[Difference]) -> str:
     if not shown:
         return sentences[0]
     adjusted = holm([d.p for d in shown])
-    clear = [d for d, q in zip(shown, adjusted, strict=True) if q < 0.05 and not d.low <= 0 <= d.high]
+    clear = [d for d, q in zip(shown, adjusted, strict=True) if is_clear(d, float(q))]
     for words, sign in (("above", 1), ("below", -1)):
         found = sorted((d for d in clear if d.mean * sign > 0), key=lambda d: -abs(d.mean))
         names = [f"{d.arm} ({points(d.mean, sign=True)} {interval(d.low, d.high)})" for d in found]

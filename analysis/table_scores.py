@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -65,7 +66,7 @@ def differences_table(scores: Scores, differences: Sequence[Difference]) -> Tabl
     rows = [
         [
             Text(d.arm),
-            Text(points(d.mean, sign=True), bold=not d.low <= 0 <= d.high and q < 0.05),
+            Text(points(d.mean, sign=True), bold=is_clear(d, q)),
             Text(interval(d.low, d.high)),
             Text(p_value(d.p)),
             Text(p_value(q)),
@@ -86,11 +87,16 @@ def differences_table(scores: Scores, differences: Sequence[Difference]) -> Tabl
     return Table("differences", title, [ARM, *map(Column, titles)], rows, data, notes)
 
 
+def is_clear(difference: Difference, adjusted: float) -> bool:
+    """Whether the interval excludes 0 and the adjusted p is below .05; never with one seed, which may be luck."""
+    return difference.seeds > 1 and adjusted < 0.05 and not difference.low <= 0 <= difference.high
+
+
 def detectable_sentence(differences: Sequence[Difference]) -> str:
     """The smallest true difference that the study could have found."""
-    known = [d for d in differences if d.seeds > 1]
+    known = [d for d in differences if math.isfinite(d.detectable())]
     if not known:
-        return "With one seed no difference is detectable."
+        return "What difference was detectable is not known: there is one seed, or no two runs differ."
     one = np.array([d.detectable() for d in known])
     all_ = np.array([d.detectable(len(known)) for d in known])
     seeds = sorted({d.seeds for d in known})
@@ -125,8 +131,7 @@ def family_table(scores: Scores, differences: Sequence[Difference]) -> Table:
         for d, q in zip(differences, adjusted, strict=True):
             if (d.family, d.metric) == (group, metric):
                 text = f"{points(d.mean, sign=True)} {interval(d.low, d.high)}"
-                bold = not d.low <= 0 <= d.high and q < 0.05
-                rows.setdefault(d.arm, [Text(d.arm)]).append(Text(text, bold=bold))
+                rows.setdefault(d.arm, [Text(d.arm)]).append(Text(text, bold=is_clear(d, q)))
     notes = [
         "Percentage points with two-level 95 % intervals, paired by seed and problem.",
         f"Bold: the interval excludes 0 and p < 0.05 after Holm over the {len(differences)} cells of this table.",

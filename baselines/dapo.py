@@ -40,6 +40,7 @@ class DAPO(GRPO):
 
     @property
     def max_draws(self) -> int:
+        """Generation batches of a step: one where nothing is filtered."""
         return self.max_generation_batches if self.filter_groups else 1
 
     def keep(self, groups: Groups) -> Tensor:

@@ -24,6 +24,7 @@ class Clock:
     _mark: float = 0.0
 
     def now(self) -> float:
+        """Seconds on the clock: CPU time of this process, or wall time after a synchronisation on a GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             return time.perf_counter()

@@ -43,6 +43,7 @@ class Pool:
 
     @classmethod
     def of(cls, items: list[Item], policy: Policy, seed: int, device: torch.device) -> Pool:
+        """Tokenise the prompts of `items` once, onto `device`."""
         return cls(items, [torch.tensor(ids, device=device) for ids in policy.encode([i.prompt for i in items])], seed)
 
     def prompts(self, start: int, count: int) -> list[int]:
@@ -56,9 +57,12 @@ class Pool:
             chosen += taken
         return chosen
 
-    def stream_keys(self, purpose: str, step: int, prompts: list[int]) -> NDArray[np.uint64]:
-        """One 64-bit key per prompt; rollout j of the prompt is lane j of it in every arm."""
-        ids = (streams.key(self.seed, purpose, step, self.items[p].id) for p in prompts)
+    def stream_keys(self, purpose: str, step: int, epoch: int, prompts: list[int]) -> NDArray[np.uint64]:
+        """One 64-bit key per prompt; rollout j of the prompt is lane j of it in every arm.
+
+        The epoch keeps a prompt that comes back within one step (dynamic sampling) from repeating its rollouts.
+        """
+        ids = (streams.key(self.seed, purpose, step, epoch, self.items[p].id) for p in prompts)
         return np.fromiter(ids, dtype=np.uint64, count=len(prompts))
 
 
@@ -105,6 +109,7 @@ class Collector:
 
     @property
     def remaining(self) -> int:
+        """What is left of the budget, in its currency."""
         return self.budget.remaining(self.ledger.spent[self.budget.currency])
 
     def collect(self, step: int) -> Batch:
@@ -140,12 +145,15 @@ class Collector:
         return Batch(rollouts, self._groups(rollouts, verdicts), drawn)
 
     def _draw(self, weights: Weights, step: int, prompts_left: int) -> Draw:
+        # A draw ends with its epoch, so that its prompts are distinct.
+        size = len(self.pool.items)
+        epoch, offset = divmod(self.place, size)
         admitted = self.budget.admit(
-            self.remaining, prompts_left, self.config.rollouts_per_prompt, self.config.max_tokens
+            self.remaining, min(prompts_left, size - offset), self.config.rollouts_per_prompt, self.config.max_tokens
         )
         prompts = self.pool.prompts(self.place, admitted.prompts)
         counts = self._allocate(prompts, admitted.rollouts, step)
-        keys = np.repeat(self.pool.stream_keys("rollout", step, prompts), counts)
+        keys = np.repeat(self.pool.stream_keys("rollout", step, epoch, prompts), counts)
         lanes = np.concatenate([np.arange(n) for n in counts])
         device = self.clock.device
         with self.clock.phase("decode"):

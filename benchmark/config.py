@@ -77,9 +77,9 @@ class ArchitectureConfig(Model):
 class StylesConfig(Model):
     """Shares of the three styles of worked solutions in the warm-up data."""
 
-    direct: Fraction = 0.15
-    partial: Fraction = 0.35
-    full: Fraction = 0.5
+    direct: Fraction = 0.25
+    partial: Fraction = 0.30
+    full: Fraction = 0.45
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
@@ -92,9 +92,9 @@ class StylesConfig(Model):
 class WarmupConfig(Model):
     """Supervised warm-up on imperfect worked solutions; `batch` sequences a step."""
 
-    steps: Count = 1800
+    steps: Count = 1500
     batch: Count = 128
-    error_rate: Fraction = 0.1
+    error_rate: Fraction = 0.12
     styles: StylesConfig = StylesConfig()
     learning_rate: Positive = 0.02
     seed: Annotated[int, Field(ge=0)] = 0

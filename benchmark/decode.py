@@ -77,6 +77,17 @@ def _decode_layer(
     return feed_forward(x, attended, layer, shape)
 
 
+def _next_hidden(weights: Weights, token: Tensor, position: Tensor, longest: int, cache: _Cache, slot: int) -> Tensor:
+    """Hidden states (R, d) after reading one `token` (R,) a row; their keys and values go to `slot` of the cache."""
+    shape = weights.shape
+    cos, sin = rope_tables(shape, position, longest)
+    x = F.embedding(token, weights.embedding)
+    tables = (cos.to(x.dtype), sin.to(x.dtype))
+    for number, layer in enumerate(weights.layers):
+        x = _decode_layer(x, layer, shape, tables, cache, number, slot)
+    return rms_norm(x, weights.norm, shape.norm_eps)
+
+
 def sample(log_p: Tensor, uniform: Tensor) -> Tensor:
     """Inverse-CDF sample per row: the first token whose cumulative probability exceeds the uniform, (R,) int64.
 
@@ -85,8 +96,10 @@ def sample(log_p: Tensor, uniform: Tensor) -> Tensor:
     """
     cumulative = log_p.exp().cumsum(-1)
     # Scaling by the last sum keeps a rounded-down total from sending a draw past the vocabulary.
-    return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(1).clamp_(
-        max=log_p.shape[1] - 1
+    return (
+        torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
+        .squeeze(1)
+        .clamp_(max=log_p.shape[1] - 1)
     )
 
 
@@ -147,12 +160,7 @@ def generate(
             alive = torch.nonzero(~done).flatten()
             cache.select(alive, width + step, shape.kv_heads)
             row, token, done = row[alive], token[alive], done[alive]
-        cos, sin = rope_tables(shape, first_position[row] + step, longest)
-        x = F.embedding(token, weights.embedding)
-        tables = (cos.to(x.dtype), sin.to(x.dtype))
-        for number, layer in enumerate(weights.layers):
-            x = _decode_layer(x, layer, shape, tables, cache, number, width + step)
-        hidden = rms_norm(x, weights.norm, shape.norm_eps)
+        hidden = _next_hidden(weights, token, first_position[row] + step, longest, cache, width + step)
 
     inside = torch.arange(max_tokens, device=device) < length[:, None]
     return Rollouts(prompt_tokens, prompt_length, owner, tokens[inside], length, log_probs[inside], finished)

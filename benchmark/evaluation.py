@@ -42,7 +42,7 @@ class Evaluator:
         per_chunk = max(1, ROWS // samples)
         for begin in range(0, len(self.pool.items), per_chunk):
             items = list(range(begin, min(begin + per_chunk, len(self.pool.items))))
-            keys = np.repeat(self.pool.stream_keys("evaluate", 0, items), samples)
+            keys = np.repeat(self.pool.stream_keys("evaluate", 0, 0, items), samples)
             lanes = np.tile(np.arange(samples), len(items))
             rollouts = generate(
                 weights,

@@ -30,9 +30,11 @@ class Prices:
     parameters: int
 
     def forward(self, tokens: int) -> int:
+        """FLOPs of reading `tokens` tokens."""
         return 2 * self.parameters * tokens
 
     def backward(self, tokens: int) -> int:
+        """FLOPs of back-propagating through `tokens` tokens, their forward not included."""
         return 4 * self.parameters * tokens
 
 
@@ -70,6 +72,7 @@ class Ledger:
 
     @classmethod
     def restore(cls, path: Path, state: dict[str, Any]) -> Ledger:
+        """A ledger that goes on at `path` from the totals of `state`."""
         return cls(path, state["rows"], dict(state["spent"]), dict(state["evaluated"]), dict(state["drawn"]))
 
 
@@ -96,6 +99,7 @@ class Budget:
     amount: int
 
     def remaining(self, spent: int) -> int:
+        """Amount left after `spent`, both in the budget's currency."""
         return self.amount - spent
 
     def admit(self, remaining: int, prompts: int, group: int, max_tokens: int) -> Admission:

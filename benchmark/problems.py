@@ -156,7 +156,7 @@ def load_jsonl(path: Path, family: str) -> list[Item]:
     items: list[Item] = []
     seen: set[str] = set()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"is not UTF-8 ({error.reason})", file=path, remedy="Save it as UTF-8") from error
     for number, line in enumerate(lines, 1):

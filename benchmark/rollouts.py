@@ -44,6 +44,7 @@ class Rollouts:
 
     @property
     def prompts(self) -> int:
+        """Number of prompts P."""
         return len(self.prompt_length)
 
     def __len__(self) -> int:

@@ -32,14 +32,17 @@ class Averages:
     maxima: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, value: Tensor, weight: float = 1.0) -> None:
+        """Count the scalar `value` with `weight` towards the mean of `name`."""
         self.sums[name] = self.sums.get(name, torch.zeros(())) + value.detach() * weight
         self.weights[name] = self.weights.get(name, 0.0) + weight
 
     def maximum(self, name: str, value: Tensor) -> None:
+        """Raise the maximum of `name` to the scalar `value`."""
         old = self.maxima.get(name)
         self.maxima[name] = value.detach() if old is None else torch.maximum(old, value.detach())
 
     def read(self) -> dict[str, float]:
+        """Every mean and maximum so far; waits for the device."""
         means = {name: float(total) / self.weights[name] for name, total in self.sums.items()}
         return means | {name: float(value) for name, value in self.maxima.items()}
 

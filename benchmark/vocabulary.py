@@ -10,15 +10,24 @@ PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
 
 
 def build_tokenizer() -> Any:
-    """A transformers tokenizer of 32 symbols, saved and loaded like any other; encoding is lossless."""
-    import transformers
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    """A transformers tokenizer of 32 symbols, saved and loaded like any other; encoding is lossless.
 
-    symbols = [PAD, END, UNKNOWN, *WORDS, *CHARACTERS]
-    backend = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"Compute |Solve |\\boxed\{|."), behavior="isolated")
-    backend.decoder = decoders.Fuse()
-    make: Any = transformers.PreTrainedTokenizerFast
-    return make(
-        tokenizer_object=backend, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, padding_side="left"
+    It is a byte-level BPE without merges whose words are added tokens, and not the plainer word-level model:
+    ``AutoTokenizer`` rebuilds the tokenizer of every folder that holds a Qwen2 model as `Qwen2Tokenizer` and
+    silently drops what that class cannot say. Other characters vanish when encoded.
+    """
+    from transformers import AddedToken, Qwen2Tokenizer
+
+    symbols = [PAD, END, UNKNOWN, *WORDS, *CHARACTERS.replace(" ", "Ġ")]  # byte-level BPE's name of the space
+    make: Any = Qwen2Tokenizer
+    tokenizer = make(
+        vocab={symbol: number for number, symbol in enumerate(symbols)},
+        merges=[],
+        unk_token=UNKNOWN,
+        eos_token=END,
+        pad_token=PAD,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
     )
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in WORDS])
+    return tokenizer

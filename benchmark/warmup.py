@@ -79,6 +79,7 @@ def _make(config: RunConfig, folder: Path, progress: Callable[[int, int, float],
     try:
         policy, items = warm_up(config, progress)
         policy.save(partial)
+        partial.chmod(0o755)  # mkdtemp's folders are private
         provenance = {
             "command": f"rolloutbench warmup --scale {config.scale}",
             "identity": policy_identity(config),

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from baselines.grpo import GRPO
 from benchmark.history import HistoryView
 from benchmark.method import Change, Kind, Loss, TokenCredit, Tokens
-from methods.allocation import NeymanAllocation
 from methods.modulation import Compensation, Stabilisation
+from methods.neyman import NeymanAllocation
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class DynaMO(GRPO):
 
     @property
     def half_life(self) -> float | None:
+        """The allocation's: visits after which an outcome counts half."""
         return self.allocation.half_life
 
     def allocate(self, history: HistoryView, budget: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -160,16 +160,19 @@ def seconds_of(recipe: Recipe, arm: str) -> dict[str, float]:
 
 def _write_training(cell: Path, recipe: Recipe, arm: str, own: np.random.Generator) -> None:
     metrics, timings, allocation = [], [], []
+    slope = np.random.default_rng([*arm.encode()]).uniform(-0.3, 1.5)  # entropy falls in most arms, and grows in some
     for step in range(recipe.steps):
         done = (step + 1) / recipe.steps
         values = {
-            "policy/entropy_nats": 0.35 * math.exp(-1.2 * done) + 0.01 * own.random(),
-            "optim/gradient_norm": 0.4 * math.exp(-0.5 * done) * (1 + 0.3 * own.random()),
+            "policy/entropy_nats": 0.35 * math.exp(-slope * done) + 0.02 * own.random(),
+            "optim/gradient_norm": 0.4 * math.exp(-0.5 * slope * done) * (1 + 0.3 * own.random()),
         }
         metrics.append({"step": step, "cost": _cost(round(recipe.budget * done)), "metrics": values})
         seconds = {phase: total / recipe.steps for phase, total in seconds_of(recipe, arm).items()}
         timings.append({"step": step, "seconds": seconds, "verifier_cpu": seconds["verify"]})
-        counts = own.integers(2, 17, size=64) if arm in recipe.dynamic else np.full(64, 8)
+        counts = np.full(64, 8)
+        if arm in recipe.dynamic:
+            counts = np.clip(own.normal(8, 1 + 4 * done, size=64).round(), 2, 16).astype(np.int64)
         values_of, times = np.unique(counts, return_counts=True)
         histogram = {str(n): int(t) for n, t in zip(values_of, times, strict=True)}
         limits = {"n_min": int(counts.min()), "n_max": int(counts.max())}

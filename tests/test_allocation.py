@@ -12,7 +12,8 @@ from scipy.integrate import quad
 from scipy.stats import beta
 
 from benchmark.history import HistoryView
-from methods.allocation import NeymanAllocation, expected_deviation, min_variance_allocation
+from methods.allocation import min_variance_allocation
+from methods.neyman import NeymanAllocation, expected_deviation
 
 
 def objective(s: np.ndarray, n: np.ndarray) -> tuple[int, float]:

@@ -47,7 +47,6 @@ def study(
 
 
 # -- pass@k
-# ----------------------------------------------------------------------------------------------------
 
 
 def chance_by_enumeration(n: int, c: int, k: int) -> float:
@@ -100,7 +99,6 @@ def test_pass_at_k_refuses_impossible_counts(n: object, c: object, k: object) ->
 
 
 # -- intervals
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 16])
@@ -178,7 +176,6 @@ def test_spread_finds_the_components_that_were_put_in() -> None:
 
 
 # -- tests
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_label_swaps_equal_an_enumeration_of_all_swaps() -> None:
@@ -251,7 +248,6 @@ def test_holm_lies_between_no_correction_and_bonferroni(p: list[float]) -> None:
 
 
 # -- effects and aggregates
-# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 16])
@@ -296,7 +292,6 @@ def test_aggregate_intervals_hold_their_estimates() -> None:
 
 
 # -- curves
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_curves_are_read_between_their_points_and_not_beyond() -> None:

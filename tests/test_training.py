@@ -33,12 +33,12 @@ def make_config(policy: str | None, method: str, params: dict[str, Any] | None =
         "policy": {
             "path": policy,
             "architecture": {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "mlp": 64},
-            "warmup": {"steps": 80, "batch": 64, "styles": {"direct": 1.0, "partial": 0.0, "full": 0.0}},
+            "warmup": {"steps": 200, "batch": 64, "styles": {"direct": 1.0, "partial": 0.0, "full": 0.0}},
         },
         "task": {"name": "sums", "mix": MIX, "train_items": 24, "eval_items_per_family": 4},
         "rollout": {"prompts_per_batch": 8, "rollouts_per_prompt": 8, "max_tokens": 12},
-        "optimiser": {"learning_rate": 0.01, "minibatches_per_batch": 2},
-        "budget": {"currency": "tokens_generated", "amount": 1501},
+        "optimiser": {"learning_rate": 0.003, "minibatches_per_batch": 2},
+        "budget": {"currency": "tokens_generated", "amount": 2201},
         "evaluation": {"points": 3, "samples": 2, "final_samples": 2, "k": [1]},
         "method": {"name": method, "params": params or {}},
     }
@@ -161,7 +161,9 @@ def test_every_arm_spends_exactly_its_budget_and_accounts_for_all_of_it(
     assert points[0]["step"] == 0
     assert points[-1]["final"]
     assert points[-1]["cost"][currency] == amount
-    drawn_per_step = {row["step"]: sum(int(n) * c for n, c in row["histogram"].items()) for row in rows(out, "allocation.jsonl")}
+    drawn_per_step = {
+        row["step"]: sum(int(n) * c for n, c in row["histogram"].items()) for row in rows(out, "allocation.jsonl")
+    }
     assert sum(drawn_per_step.values()) == result["spent"]["rollouts"]
 
 
@@ -185,14 +187,37 @@ IDENTITIES = {
 @pytest.mark.parametrize("case", IDENTITIES)
 def test_an_arm_with_its_idea_off_is_grpo_bit_for_bit(train: Callable[..., Path], policy: str, case: str) -> None:
     method, params = IDENTITIES[case]
-    reference, other = train("grpo"), train(method, params, name="other")
+    # Whole groups only: the last, smaller group of a token budget makes equal prompt weights act (see below).
+    budget = {"currency": "rollouts", "amount": 424}
+    reference, other = train("grpo", budget=budget), train(method, params, name="other", budget=budget)
     assert_trained(reference, policy)
     assert_same_weights(reference, other)
     assert (reference / "ledger.jsonl").read_bytes() == (other / "ledger.jsonl").read_bytes()
     assert (reference / "evaluation.jsonl").read_bytes() == (other / "evaluation.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("arm", ["dr_grpo", "rloo", "w_reinforce", "dapo", "dynamo_modulation", "kl_cov", "fork_tokens"])
+@pytest.mark.parametrize("case", ["dynamo with every switch off", "allocation with equal bounds"])
+def test_the_identity_holds_for_a_token_budget_until_groups_get_smaller_and_to_the_end_with_grpos_loss(
+    train: Callable[..., Path], case: str
+) -> None:
+    method, params = IDENTITIES[case]
+    reference = train("grpo")
+    other = train(method, params | {"loss": {"prompt_weight": "rollouts"}}, name="other")
+    assert_same_weights(reference, other)
+    weighted = train(method, params, name="weighted")
+    ragged = next(row["step"] for row in rows(reference, "allocation.jsonl") if set(row["histogram"]) != {"8"})
+    assert ragged >= 3
+
+    def until(out: Path) -> list[dict[str, Any]]:
+        return [row for row in rows(out, "metrics.jsonl") if row["step"] < ragged]
+
+    assert until(reference) == until(weighted)
+    assert len(until(reference)) == ragged
+
+
+@pytest.mark.parametrize(
+    "arm", ["dr_grpo", "rloo", "w_reinforce", "dapo", "dynamo_modulation", "kl_cov", "fork_tokens"]
+)
 def test_an_arm_with_its_idea_on_is_not_grpo(train: Callable[..., Path], arm: str) -> None:
     reference, other = weights(train("grpo")), weights(train(arm))
     assert any(not torch.equal(reference[key], other[key]) for key in reference)
@@ -210,7 +235,7 @@ def test_arms_share_their_first_rollouts_and_evaluation_streams(
         return batch
 
     monkeypatch.setattr(Collector, "collect", spy)
-    outs = [train(arm) for arm in ("grpo", "dr_grpo", "dynamo")]
+    outs = [train(arm, budget={"currency": "rollouts", "amount": 80}) for arm in ("grpo", "dr_grpo", "dynamo")]
     reference = first["GRPO"]
     for name in ("DrGRPO", "DynaMO"):  # an unseen prompt's allocation is uniform
         assert torch.equal(first[name].rollouts.tokens, reference.rollouts.tokens)
@@ -233,8 +258,9 @@ def test_the_jth_rollout_of_a_prompt_is_the_same_whatever_its_group_size(
 
     monkeypatch.setattr(Collector, "collect", spy)
     small = {"prompts_per_batch": 4, "max_tokens": 12}
-    train("grpo", name="a", rollout=small | {"rollouts_per_prompt": 3})
-    train("grpo", name="b", rollout=small | {"rollouts_per_prompt": 5})
+    once = {"currency": "rollouts", "amount": 20}
+    train("grpo", name="a", rollout=small | {"rollouts_per_prompt": 3}, budget=once)
+    train("grpo", name="b", rollout=small | {"rollouts_per_prompt": 5}, budget=once)
     three, five = first[3].rollouts.texts(), first[5].rollouts.texts()
     assert [three[3 * p + j] for p in range(4) for j in range(3)] == [
         five[5 * p + j] for p in range(4) for j in range(3)
