@@ -115,9 +115,7 @@ class Lease:
         self.path = path
         self._heartbeat = heartbeat
         self._ended = threading.Event()
-        self._thread = threading.Thread(
-            target=self._beat, name=f"lease {path.parent.parent.name}", daemon=True
-        )
+        self._thread = threading.Thread(target=self._beat, name=f"lease {path.parent.parent.name}", daemon=True)
         self._thread.start()
 
     @property
@@ -146,9 +144,7 @@ class Lease:
                 os.utime(self.path)
 
 
-def claim(
-    folder: Path, *, stale_after: float = STALE_SECONDS, heartbeat: float = HEARTBEAT_SECONDS
-) -> Lease | None:
+def claim(folder: Path, *, stale_after: float = STALE_SECONDS, heartbeat: float = HEARTBEAT_SECONDS) -> Lease | None:
     """Try to become the only owner of the cell in `folder` (made if missing); None if somebody else is.
 
     Args:

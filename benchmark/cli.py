@@ -49,18 +49,12 @@ app = typer.Typer(
 
 Scale = Annotated[str, typer.Option(help="File of configs/scales, or a path.")]
 Task = Annotated[str | None, typer.Option(help="File of configs/tasks, or a path; the scale's by default.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value; repeatable.")
-]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value; repeatable.")]
 Budget = Annotated[
     str | None,
-    typer.Option(
-        metavar="CURRENCY=AMOUNT", help="tokens_generated=800000 or rollouts=4096; the scale's by default."
-    ),
+    typer.Option(metavar="CURRENCY=AMOUNT", help="tokens_generated=800000 or rollouts=4096; the scale's by default."),
 ]
-Tracking = Annotated[
-    str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow store that mirrors the results.")
-]
+Tracking = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow store that mirrors the results.")]
 STORE = "sqlite:///mlflow.db"
 
 
@@ -86,18 +80,14 @@ def run(
     from benchmark.study import run_single
 
     _one_thread()
-    config = compose_run(
-        method, scale=scale, task=task, seed=seed, options=[*_budget(budget), *(options or [])]
-    )
+    config = compose_run(method, scale=scale, task=task, seed=seed, options=[*_budget(budget), *(options or [])])
     _finish(run_single(config, out), out)
     typer.echo(f"done: {out}")
 
 
 @app.command()
 def study(
-    file: Annotated[
-        str, typer.Argument(metavar="STUDY", help="A study file, or the name of one in configs/studies.")
-    ],
+    file: Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of one in configs/studies.")],
     scale: Annotated[str | None, typer.Option(help="A scale other than the study's.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds; the study's by default.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
@@ -241,9 +231,7 @@ def _budget(text: str | None) -> list[str]:
         return []
     currency, separator, amount = text.partition("=")
     if not separator:
-        raise InputError(
-            "not CURRENCY=AMOUNT", key="--budget", value=text, remedy="Write --budget rollouts=4096"
-        )
+        raise InputError("not CURRENCY=AMOUNT", key="--budget", value=text, remedy="Write --budget rollouts=4096")
     return [f"budget.currency={currency}", f"budget.amount={amount}"]
 
 

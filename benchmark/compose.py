@@ -124,9 +124,7 @@ def _compose(
     section = wanted.values.get("task")
     named = task or (section.get("name") if isinstance(section, dict) else None)
     if not isinstance(named, str):
-        raise wanted.error(
-            "task.name", "no task is named", "Name a file of configs/tasks there, or give --task"
-        )
+        raise wanted.error("task.name", "no task is named", "Name a file of configs/tasks there, or give --task")
     problems = read_yaml(find("tasks", named))
     _only(problems, ("task", "policy", "rollout"), "a task file")
     vetted, method = Layer(), config_folder() / "methods" / f"{arm.values['method']['name']}.yaml"

@@ -15,9 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-Currency = Literal[
-    "rollouts", "prompt_tokens", "tokens_generated", "tokens_scored", "tokens_backpropagated", "flops"
-]
+Currency = Literal["rollouts", "prompt_tokens", "tokens_generated", "tokens_scored", "tokens_backpropagated", "flops"]
 BudgetCurrency = Literal["tokens_generated", "rollouts"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Metric = Annotated[str, Field(pattern=r"^pass_at_[1-9][0-9]*$")]

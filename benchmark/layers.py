@@ -53,9 +53,7 @@ class Layer:
         tree = dict(values)
         for part in reversed(target.split(".") if target else []):
             tree = {part: tree}
-        inside = {
-            key: at for key, at in self.origins.items() if key == source or key.startswith(f"{source}.")
-        }
+        inside = {key: at for key, at in self.origins.items() if key == source or key.startswith(f"{source}.")}
         return Layer(tree, {(target + key[len(source) :]).lstrip("."): at for key, at in inside.items()})
 
     def renamed(self, section: str, key: str, apart: Iterable[str]) -> Layer:
@@ -74,9 +72,7 @@ class Layer:
             origins[f"{section}.{key}.{rest}" if moved else path] = at
         return Layer(tree, origins)
 
-    def error(
-        self, key: str, what: str, remedy: str, value: object = None, also: Iterable[str] = ()
-    ) -> InputError:
+    def error(self, key: str, what: str, remedy: str, value: object = None, also: Iterable[str] = ()) -> InputError:
         """The error of a value in this layer, placed where `key` or a key it clashes with was written."""
         # Upper layers come last in `origins`; the slip is more likely there than in what lies below.
         exact = [origin for name, origin in self.origins.items() if name in (key, *also)]
@@ -106,9 +102,7 @@ def read_yaml(path: Path) -> Layer:
     layer = Layer({}, {})
     values = _parse(text, path, layer.origins)
     if not isinstance(values, dict):
-        raise InputError(
-            "not a mapping of keys to values", file=path, line=1, remedy="Write 'key: value' lines"
-        )
+        raise InputError("not a mapping of keys to values", file=path, line=1, remedy="Write 'key: value' lines")
     layer.values.update(values)
     return layer
 

@@ -206,9 +206,7 @@ def evaluation_points(rows: Sequence[Row], currency: str, ks: Iterable[int]) -> 
             values[f"eval/{family}_pass_at_{k}"] = math.fsum(each) / len(each)
         average = math.fsum(values[f"eval/{family}_pass_at_{k}"] for family in families) / len(families)
         values[f"eval/average_pass_at_{k}"] = average
-    values["eval/tokens_per_rollout_mean"] = sum(row["tokens"] for row in rows) / sum(
-        row["n"] for row in rows
-    )
+    values["eval/tokens_per_rollout_mean"] = sum(row["tokens"] for row in rows) / sum(row["n"] for row in rows)
     return _points(values, int(rows[0]["cost"][currency]))
 
 
@@ -220,9 +218,7 @@ def result_points(cell: Cell) -> list[Point]:
     spent = result["spent"]
     values = {f"time/{phase}_seconds": value for phase, value in result.get("seconds", {}).items()}
     values |= {f"drawn/{fate}_rollouts": value for fate, value in result.get("drawn", {}).items()}
-    values |= {
-        f"cost/{name}": spent[name] for name in ("device_seconds", "verifier_seconds") if name in spent
-    }
+    values |= {f"cost/{name}": spent[name] for name in ("device_seconds", "verifier_seconds") if name in spent}
     values |= {"time/wall_seconds": result.get("wall_seconds"), "cost/overshoot": result.get("overshoot")}
     values["cost/evaluation_tokens"] = result.get("evaluation_tokens")
     return _points(values, int(spent[cell.currency]))

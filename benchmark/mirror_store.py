@@ -96,9 +96,7 @@ class Store:
             source=source,
             profile=json.dumps(profile),
         )
-        self._client.log_inputs(
-            run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-        )
+        self._client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def artifact(self, run_id: str, path: Path) -> None:
         """Upload a file, or a folder under its name; what is not there is left out."""

@@ -195,9 +195,7 @@ def bars(cells: Sequence[Cell], done: dict[str, int]) -> tuple[Bar, list[Bar]]:
         spent += progress["spent"]
         if owner(cell.folder) is not None:
             planned, message = cell.config.budget.amount, str(progress.get("message", ""))
-            running.append(
-                Bar(f"{cell.config.arm} s{cell.config.seed}", progress["spent"], planned, currency, message)
-            )
+            running.append(Bar(f"{cell.config.arm} s{cell.config.seed}", progress["spent"], planned, currency, message))
     total = f"{len(done)}/{len(cells)} cells"
     planned = sum(cell.config.budget.amount for cell in cells)
     return Bar(total, spent + sum(done.values()), planned, currency), running
@@ -222,9 +220,7 @@ def _supervise(pool: Pool, interrupts: Interrupts, display: Display) -> None:
         pool.kill()
 
 
-def _warm_up(
-    configs: Sequence[RunConfig], prepare: Callable[[RunConfig], object] | None, display: Display
-) -> None:
+def _warm_up(configs: Sequence[RunConfig], prepare: Callable[[RunConfig], object] | None, display: Display) -> None:
     """Make each distinct starting policy once, before workers would all make it at the same time."""
     distinct = {digest({"policy": c.policy.model_dump(), "task": c.task.model_dump()}): c for c in configs}
     for config in distinct.values():
@@ -255,9 +251,7 @@ def _mirrored(uri: str | None, folder: Path, experiment: str, display: Display) 
             mirror.close()
         # The files are the record; nothing that the mirror meets may stop the study.
         except Exception as error:
-            display.note(
-                f"MLflow mirror stopped ({type(error).__name__}: {error}); `rolloutbench mirror` restores it"
-            )
+            display.note(f"MLflow mirror stopped ({type(error).__name__}: {error}); `rolloutbench mirror` restores it")
 
     thread = threading.Thread(target=follow, name="mirror", daemon=True)
     thread.start()
@@ -287,10 +281,6 @@ def _failures(cells: Sequence[Cell], failed: dict[str, str]) -> list[dict[str, A
 def _announce(display: Display, folder: Path, record: dict[str, Any], missing: int) -> None:
     before = read_json(folder / "plan.json")
     if before is not None and before.get("scale") != record["scale"]:
-        display.note(
-            f"{folder} last held scale {before.get('scale')}: its cells stay, its report is replaced"
-        )
+        display.note(f"{folder} last held scale {before.get('scale')}: its cells stay, its report is replaced")
     total = len(record["cells"])
-    display.note(
-        f"{record['study']}: {total} cells at scale {record['scale']}, {missing} to run, in {folder}"
-    )
+    display.note(f"{record['study']}: {total} cells at scale {record['scale']}, {missing} to run, in {folder}")

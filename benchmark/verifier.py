@@ -14,9 +14,9 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 from benchmark.errors import InputError
 from benchmark.verdict import Verdict
@@ -31,14 +31,6 @@ REMEMBERED = 200_000  # distinct (gold, answer) pairs
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _INTEGER = re.compile(r"\s*([+-]?)([0-9]+)\s*")
-
-
-class HasAnswer(Protocol):
-    """Anything with a gold answer, for instance an `Item`."""
-
-    @property
-    def answer(self) -> str:
-        """The gold answer."""
 
 
 class Verifier:
@@ -59,7 +51,7 @@ class Verifier:
         workers: int = 1,
         timeout_s: float = 2.0,
         answer_form: AnswerForm = "any",
-        memory_mb: int = 1024,
+        memory_mb: int = 2048,
     ) -> None:
         for key, value in (("workers", workers), ("timeout_s", timeout_s), ("memory_mb", memory_mb)):
             if not value > 0:
@@ -108,16 +100,18 @@ class Verifier:
         cut = {Verdict.NO_ANSWER: Verdict.TRUNCATED}
         return [v if done else cut.get(v, v) for v, done in zip(verdicts, finished, strict=True)]
 
-    def check_golds(self, items: Iterable[HasAnswer]) -> list[int]:
-        """Positions of the items whose gold is unusable: boxed as a response, it would not count as correct."""
-        verdicts = self.verify([(item.answer, f"\\boxed{{{bare(item.answer)}}}") for item in items])
+    def check_golds(self, golds: Sequence[str]) -> list[int]:
+        """Positions of the unusable golds: those that, boxed as a response, would not count as correct."""
+        verdicts = self.verify([(gold, f"\\boxed{{{bare(gold)}}}") for gold in golds])
         return [position for position, verdict in enumerate(verdicts) if verdict is not Verdict.CORRECT]
 
     def _quick(self, gold: str, answer: str | None) -> Verdict | None:
         """The verdict, where it takes no math-verify."""
         gold_integer = integer(gold)
-        if not gold or (gold_integer is None and self.answer_form == "integer") or len(gold) > LONGEST:
+        if not gold or len(gold) > LONGEST:
             return Verdict.GOLD_UNPARSABLE
+        if gold_integer is None and (self.answer_form == "integer" or not _balanced(gold)):
+            return Verdict.GOLD_UNPARSABLE  # math-verify would read some part of a gold that was cut off
         if answer is None:
             return Verdict.NO_ANSWER
         given = integer(answer)
@@ -156,6 +150,11 @@ def _until_closed(text: str, begin: int) -> str | None:
         if depth == 0:
             return text[begin : brace.start()].strip() or None
     return None
+
+
+def _balanced(text: str) -> bool:
+    """Whether braces pair up in a non-empty, stripped text."""
+    return _until_closed(text + "}", 0) == text
 
 
 def bare(answer: str) -> str:

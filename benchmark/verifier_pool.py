@@ -105,10 +105,15 @@ class _Worker:
         self.deadline: float | None = time.monotonic() + START_S
 
     def ask(self, gold: str, answer: str) -> None:
-        """Send one pair; its time starts now."""
+        """Send one pair; its time starts now.
+
+        Two texts of `benchmark.verifier.LONGEST` characters take at most 48 kB as UTF-8, less than a pipe holds:
+        the write returns at once even if the child has stopped reading.
+        """
         self.deadline = time.monotonic() + self.timeout_s
+        line = json.dumps([gold, answer], ensure_ascii=False) + "\n"
         try:
-            self._input.write(json.dumps([gold, answer]).encode() + b"\n")
+            self._input.write(line.encode("utf-8", "surrogatepass"))
             self._input.flush()
         except OSError:
             self.dead = True  # found dead by the next receive, which sees its output closed

@@ -44,8 +44,8 @@ def _replies(memory_mb: int, alarm_s: float, replies: TextIO) -> None:
     # The parent kills a child that is late. The alarm, whose default action ends the process, is for a child whose
     # parent is gone.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for line in sys.stdin:
-        gold, answer = json.loads(line)
+    for line in sys.stdin.buffer:
+        gold, answer = json.loads(line.decode("utf-8", "surrogatepass"))
         signal.setitimer(signal.ITIMER_REAL, alarm_s)
         try:
             verdict = compare(gold, answer)

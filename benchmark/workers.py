@@ -220,14 +220,10 @@ class Pool:
     def _bury(self, process: SpawnProcess, code: int) -> None:
         """Record the death of a worker with the cell it was running."""
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        mine = [
-            cell for cell in self.cells if cell.result() is None and left_by(cell.folder, process.pid or 0)
-        ]
+        mine = [cell for cell in self.cells if cell.result() is None and left_by(cell.folder, process.pid or 0)]
         for cell in mine:
             cell.mark_failed(self.invocation, f"its worker process died ({cause})")
         self._false_starts += not mine
         if self._false_starts > 2:
             self.kill()
-            raise WorkersFailedError(
-                f"worker processes end before they run anything ({cause}); see {self.log}"
-            )
+            raise WorkersFailedError(f"worker processes end before they run anything ({cause}); see {self.log}")

@@ -196,9 +196,7 @@ def test_a_cell_finished_between_look_and_claim_is_not_run_again(
 
 def test_cells_of_different_runs_have_different_folders(tmp_path: Path) -> None:
     configs = [config(), config(seed=1), config(arm="other")]
-    configs.append(
-        configs[0].model_copy(update={"budget": configs[0].budget.model_copy(update={"amount": 99_999})})
-    )
+    configs.append(configs[0].model_copy(update={"budget": configs[0].budget.model_copy(update={"amount": 99_999})}))
     folders = {Cell.of(tmp_path, each).folder for each in configs}
     assert len(folders) == 4
     assert all(each.run_hash[:8] in Cell.of(tmp_path, each).folder.name for each in configs)

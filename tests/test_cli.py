@@ -75,9 +75,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
         "print([m for m in ('torch', 'mlflow', 'transformers', 'numpy', 'pydantic') if m in sys.modules])"
     )
     start = time.monotonic()
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
     assert time.monotonic() - start < 10
 
@@ -192,9 +190,7 @@ def test_warmup_prints_where_the_policy_is(training: list[RunConfig]) -> None:
     assert call("warmup", "--scale", "smoke").stdout.strip() == str(Path("policies/smoke"))
 
 
-def test_a_dry_run_prints_cells_prices_and_power_and_runs_nothing(
-    training: list[RunConfig], tmp_path: Path
-) -> None:
+def test_a_dry_run_prints_cells_prices_and_power_and_runs_nothing(training: list[RunConfig], tmp_path: Path) -> None:
     cell = cells.Cell.of(tmp_path, compose_study("main_table", scale="smoke").runs[0])
     amount = cell.config.budget.amount
     spent = {"rollouts": 1000, "tokens_generated": amount, "flops": 2e12}

@@ -49,9 +49,7 @@ def written(path: Path, text: str) -> Path:
 # -- the shipped files ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "scale", sorted(path.stem for path in (compose.config_folder() / "scales").glob("*.yaml"))
-)
+@pytest.mark.parametrize("scale", sorted(path.stem for path in (compose.config_folder() / "scales").glob("*.yaml")))
 def test_the_main_table_composes_at_every_shipped_scale(scale: str) -> None:
     plan = compose_study("main_table", scale=scale)
     assert {run.scale for run in plan.runs} == {scale}
@@ -97,8 +95,7 @@ def test_later_layers_win_and_mappings_merge(configs: Path) -> None:
     )
     path = written(
         configs / "studies/mine.yaml",
-        STUDY.replace("small", "tiny")
-        + "overrides:\n  rollout: {rollouts_per_prompt: 6}\n  budget: {amount: 6000}\n",
+        STUDY.replace("small", "tiny") + "overrides:\n  rollout: {rollouts_per_prompt: 6}\n  budget: {amount: 6000}\n",
     )
     run = compose_study(str(path), options=["budget.amount=7000"]).runs[0]
     assert (run.task.name, run.task.train_items) == ("sums", 100)  # task file and scale merge

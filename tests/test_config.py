@@ -155,9 +155,7 @@ def test_the_hash_is_that_of_documented_canonical_json() -> None:
     amount=st.integers(10_000, 10**12),
     share=st.floats(0, 1),
 )
-def test_a_stored_configuration_reads_back_to_the_same_run(
-    rate: float, seed: int, amount: int, share: float
-) -> None:
+def test_a_stored_configuration_reads_back_to_the_same_run(rate: float, seed: int, amount: int, share: float) -> None:
     tree = changed("optimiser.learning_rate", rate, changed("seed", seed, changed("budget.amount", amount)))
     tree["method"]["params"] = {"alpha": share, "nested": {"on": True, "list": [1, 2]}}
     config = RunConfig.model_validate(tree)

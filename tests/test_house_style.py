@@ -19,8 +19,7 @@ TEXTS = sorted(
     path
     for folder in (*PACKAGES, "configs", "constraints", "docs", "tests", ".ci", ".")
     for path in ((ROOT / folder).glob("*") if folder == "." else (ROOT / folder).rglob("*"))
-    if path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".cff", ".ipynb", ".sh"}
-    or path.name == "run"
+    if path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".cff", ".ipynb", ".sh"} or path.name == "run"
     if path.is_file()
 )
 AREAS = "train|policy|optim|rollout|modulation|eval|cost|time|drawn"
@@ -79,9 +78,7 @@ def test_there_is_something_to_check() -> None:
 def test_module_and_functions_are_short(path: Path) -> None:
     limit = 120 if path.parent.name in ("baselines", "methods") else 400
     assert lines_of(path) <= limit, f"{name_of(path)} is longer than {limit} lines"
-    long = {
-        f.name: f.end_lineno - f.lineno + 1 for f in functions(ast.parse(path.read_text())) if f.end_lineno
-    }
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions(ast.parse(path.read_text())) if f.end_lineno}
     assert {name: lines for name, lines in long.items() if lines > 60} == {}
 
 

@@ -86,13 +86,9 @@ def whole_cell(folder: Path, resolved: dict[str, Any], steps: int = 3) -> None:
     finish(folder, steps)
 
 
-def plan(
-    study: Path, arms: tuple[str, ...], seeds: tuple[int, ...] = (0,)
-) -> list[tuple[Path, dict[str, Any]]]:
+def plan(study: Path, arms: tuple[str, ...], seeds: tuple[int, ...] = (0,)) -> list[tuple[Path, dict[str, Any]]]:
     cells = [(study / "cells" / f"{arm}-s{seed}", config(arm, seed)) for seed in seeds for arm in arms]
-    listed = [
-        {"arm": c["arm"], "seed": c["seed"], "dir": str(folder.relative_to(study))} for folder, c in cells
-    ]
+    listed = [{"arm": c["arm"], "seed": c["seed"], "dir": str(folder.relative_to(study))} for folder, c in cells]
     atomic_write_json(
         study / "plan.json",
         {"study": "table", "primary_currency": "tokens_generated", "arms": arms, "cells": listed},
@@ -155,9 +151,7 @@ def content(uri: str, experiment: str) -> dict[str, Any]:
     for name, run in parent_and_children(uri, experiment)[1].items():
         store = client(uri)
         history = {
-            key: sorted(
-                (metric.step, metric.value) for metric in store.get_metric_history(run.info.run_id, key)
-            )
+            key: sorted((metric.step, metric.value) for metric in store.get_metric_history(run.info.run_id, key))
             for key in run.data.metrics
         }
         for key, points in history.items():
@@ -221,9 +215,7 @@ def test_following_a_run_ends_where_one_look_at_the_end_does(
     assert content(uri, f"{tmp_path.name}/live") == content(uri, f"{tmp_path.name}/twin")
 
 
-def test_a_torn_row_and_half_an_evaluation_wait(
-    mirror: Callable[..., Mirror], uri: str, tmp_path: Path
-) -> None:
+def test_a_torn_row_and_half_an_evaluation_wait(mirror: Callable[..., Mirror], uri: str, tmp_path: Path) -> None:
     [(folder, resolved)] = plan(tmp_path / "study", ("grpo",))
     start(folder, resolved)
     append_rows(folder / "evaluation.jsonl", evaluation_rows(0, 0)[:1])
@@ -301,9 +293,7 @@ def test_a_resumed_run_that_writes_its_rows_again_adds_no_points(
     assert [at for at, _ in history["cost/rollouts"]] == [500, 1000, 1500, 2000, 2500]
 
 
-def test_rebuilding_gives_the_same_and_bins_the_old(
-    mirror: Callable[..., Mirror], uri: str, tmp_path: Path
-) -> None:
+def test_rebuilding_gives_the_same_and_bins_the_old(mirror: Callable[..., Mirror], uri: str, tmp_path: Path) -> None:
     study, name = tmp_path / "study", f"{tmp_path.name}/table"
     for folder, resolved in plan(study, ("grpo", "dapo")):
         whole_cell(folder, resolved)

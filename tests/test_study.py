@@ -111,9 +111,7 @@ def test_every_cell_runs_once_and_a_second_invocation_runs_nothing(go: Recorder,
     outcome = go(fakes.finish)
     assert outcome == Outcome(6, 6, {}, False)
     rows = order(go.folder)
-    assert sorted((row["seed"], row["arm"]) for row in rows) == [
-        (s, a) for s in range(3) for a in ("grpo", "rloo")
-    ]
+    assert sorted((row["seed"], row["arm"]) for row in rows) == [(s, a) for s in range(3) for a in ("grpo", "rloo")]
     assert {row["threads"] for row in rows} == {"1"}
     assert len(go.prepared) == 1  # one policy for all arms
     assert len(go.reported) == 1
@@ -161,9 +159,7 @@ def test_the_plan_says_what_was_asked_before_anything_ran(go: Recorder, fakes: M
         assert result["run_hash"] == cell["run_hash"]
 
 
-def test_a_folder_that_holds_another_run_stops_the_study_before_it_starts(
-    go: Recorder, fakes: ModuleType
-) -> None:
+def test_a_folder_that_holds_another_run_stops_the_study_before_it_starts(go: Recorder, fakes: ModuleType) -> None:
     mine, other = go.cells()[0], go.cells()[1]
     mine.folder.mkdir(parents=True)
     atomic_write_text(mine.folder / "config.yaml", dump(other.config))
@@ -172,9 +168,7 @@ def test_a_folder_that_holds_another_run_stops_the_study_before_it_starts(
     assert not go.prepared
 
 
-def test_another_scale_in_the_same_folder_is_announced(
-    go: Recorder, fakes: ModuleType, tmp_path: Path
-) -> None:
+def test_another_scale_in_the_same_folder_is_announced(go: Recorder, fakes: ModuleType, tmp_path: Path) -> None:
     go(fakes.finish)
     small = Recorder(compose_study(str(tmp_path / "pair.yaml"), scale="small", seeds=1), go.folder)
     small(fakes.finish)
@@ -184,14 +178,10 @@ def test_another_scale_in_the_same_folder_is_announced(
 # -- failures ------------------------------------------------------------------------------------------------
 
 
-def test_a_failing_cell_is_named_stops_nothing_and_is_tried_again_next_time(
-    go: Recorder, fakes: ModuleType
-) -> None:
+def test_a_failing_cell_is_named_stops_nothing_and_is_tried_again_next_time(go: Recorder, fakes: ModuleType) -> None:
     outcome = go(fakes.fail_rloo)
     assert (outcome.done, outcome.interrupted) == (3, False)
-    assert outcome.failed == {
-        cell.folder.name: "ValueError: rloo is broken today" for cell in go.cells("rloo")
-    }
+    assert outcome.failed == {cell.folder.name: "ValueError: rloo is broken today" for cell in go.cells("rloo")}
     assert go.reported[0]["failures"] == [
         {"arm": "rloo", "seed": seed, "error": "ValueError: rloo is broken today"} for seed in range(3)
     ]
@@ -295,9 +285,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_ctrl_c_saves_the_running_cells_and_the_same_command_continues(
-    go: Recorder, fakes: ModuleType
-) -> None:
+def test_ctrl_c_saves_the_running_cells_and_the_same_command_continues(go: Recorder, fakes: ModuleType) -> None:
     before = signal.getsignal(signal.SIGINT)
     thread = interrupt_when(lambda: len(list(go.folder.glob("cells/*/progress.json"))) == 2)
     outcome = go(fakes.patient)
@@ -372,9 +360,7 @@ def test_a_terminal_shows_bars(tmp_path: Path) -> None:
     with (tmp_path / "out").open("w+") as file:
         display = Display(Console(file=file, width=120, force_terminal=True))
         with display:
-            display.update(
-                Bar("0/2 cells", 10, 100, "rollouts"), [Bar("grpo s0", 5, 50, "rollouts", "step 3")]
-            )
+            display.update(Bar("0/2 cells", 10, 100, "rollouts"), [Bar("grpo s0", 5, 50, "rollouts", "step 3")])
             display.update(Bar("1/2 cells", 50, 100, "rollouts"), [])
             display.note("a note [that] stays")
         file.seek(0)

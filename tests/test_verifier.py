@@ -11,7 +11,6 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from hypothesis import strategies as st
 from benchmark import verifier_pool
 from benchmark.errors import InputError
 from benchmark.verdict import Verdict, reward
-from benchmark.verifier import LONGEST, Verifier, bare, integer, last_boxed
+from benchmark.verifier import LONGEST, AnswerForm, Verifier, bare, integer, last_boxed
 
 DATA = os.environ.get("ROLLOUTBENCH_DATA")
 
@@ -172,6 +171,20 @@ def test_mathematical_equality(verifier: Verifier, gold: str, answer: str, verdi
     assert verifier.verify([(gold, box(answer))]) == [verdict]
 
 
+@pytest.mark.parametrize("form", ["any", "integer"])
+def test_ten_thousand_integers_take_a_fraction_of_a_second(form: AnswerForm) -> None:
+    golds = [str(value) for value in range(-5000, 5000)]
+    texts = [f"1+2=3 3+4=7 {box(str(abs(value)))}" for value in range(-5000, 5000)]
+    seconds = []
+    with Verifier(answer_form=form) as made:
+        for _ in range(5):
+            begin = time.perf_counter()
+            verdicts = made.verify_rollouts(golds, texts, [True] * len(golds))
+            seconds.append(time.perf_counter() - begin)
+    assert verdicts == [Verdict.WRONG] * 5000 + [Verdict.CORRECT] * 5000
+    assert min(seconds) < 0.2
+
+
 def test_order_is_kept_and_equal_pairs_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [("1/2", box("0.5")), ("3", box("3")), ("1/2", box("2/3")), ("x", "none")] * 20
     correct, wrong = Verdict.CORRECT, Verdict.WRONG
@@ -189,16 +202,22 @@ def test_order_is_kept_and_equal_pairs_are_asked_once(monkeypatch: pytest.Monkey
     assert asked == [("1/2", "0.5"), ("1/2", "2/3")]
 
 
-@dataclass
-class Gold:
-    answer: str
-
-
 def test_golds_that_do_not_verify_themselves_are_reported(verifier: Verifier) -> None:
     golds = ["7", r"\frac{1}{2}", "", r"\frac{1}{2", "$x$", "}{", r"\text{Monday}"]
-    assert verifier.check_golds([Gold(text) for text in golds]) == [2, 3, 5]
+    assert verifier.check_golds(golds) == [2, 3, 5]
     with Verifier(answer_form="integer") as strict:
-        assert strict.check_golds([Gold(text) for text in ("7", "1/2", "-0012")]) == [1]
+        assert strict.check_golds(["7", "1/2", "-0012"]) == [1]
+
+
+@pytest.mark.parametrize("gold", [r"\frac{1}{2", "}{", r"5} \boxed{7", "1/2\\"])
+def test_a_gold_that_was_cut_off_makes_nothing_correct(verifier: Verifier, gold: str) -> None:
+    answers = ["1/2", r"\frac{1}{2}", "5", "7", gold]
+    verdicts = verifier.verify([(gold, box(answer)) for answer in answers])
+    assert set(verdicts) <= {Verdict.GOLD_UNPARSABLE, Verdict.NO_ANSWER}
+
+
+def test_braces_of_a_set_do_not_make_a_gold_unusable(verifier: Verifier) -> None:
+    assert verifier.verify([(r"\{1, 2\}", box(r"\{2, 1\}")), (r"\boxed{1/2}", box("0.5"))]) == [Verdict.CORRECT] * 2
 
 
 # --- hostile answers ------------------------------------------------------------------------------------------
@@ -311,6 +330,20 @@ def test_a_child_killed_while_idle_costs_nothing() -> None:
         child(made).kill()
         child(made).wait()
         assert made.verify([("1/2", box("2/4"))]) == [Verdict.CORRECT]
+
+
+def test_a_child_that_stops_reading_costs_one_answer() -> None:
+    wide, control = "🤖" * LONGEST, "\1" * LONGEST
+    with Verifier(timeout_s=2.0) as made:
+        for text in (wide, control):
+            made.verify([("1/2", box("0.5"))])
+            assert made.verify([("x", box("x"))]) == [Verdict.CORRECT]
+            child(made).send_signal(signal.SIGSTOP)
+            begin = time.monotonic()
+            verdicts = made.verify([(text, box(text)), ("1/2", box("2/4"))])
+            made._known.clear()
+            assert verdicts == [Verdict.TIMEOUT, Verdict.CORRECT]
+            assert time.monotonic() - begin < 30.0
 
 
 def test_the_memory_of_a_child_is_limited() -> None:
