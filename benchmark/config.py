@@ -326,6 +326,8 @@ class StudyConfig(Model):
         seeds: a list, or a number n for 0 .. n-1; seed s of every arm shares its random streams.
         reference: the arm that all others are compared with.
         overrides: values that this study changes in every arm, whatever the scale says.
+        gradient_variance_replicates: replicates of the gradient-variance measurement on the policy before RL that
+            the report shows; 0 measures nothing.
     """
 
     study: Name
@@ -340,6 +342,7 @@ class StudyConfig(Model):
     reference: Name = "grpo"
     decision_rule: str = ""
     overrides: dict[str, Any] = {}
+    gradient_variance_replicates: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _known(self) -> Self:

@@ -55,7 +55,8 @@ class Policy:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # seconds of work; the run has its own bar
+        quiet: Any = logging.disable_progress_bar
+        quiet()  # seconds of work; the run has its own bar
 
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         model.to(device)

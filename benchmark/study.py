@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,8 @@ def run_study(
         if failed:
             atomic_write_json(folder / "plan.json", {**record, "failures": _failures(cells, failed)})
         if done and not interrupts.count:
-            (report or _write_report)(folder)
+            replicates = plan.study.gradient_variance_replicates if done == len(cells) else 0
+            (report or partial(_write_report, replicates=replicates))(folder)
     return Outcome(done, len(cells), failed, interrupts.count > 0)
 
 
@@ -264,9 +266,13 @@ def _mirrored(uri: str | None, folder: Path, experiment: str, display: Display) 
             display.note(f"MLflow does not answer; later: rolloutbench mirror --rebuild {folder}")
 
 
-def _write_report(folder: Path) -> None:
+def _write_report(folder: Path, replicates: int = 0) -> None:
     from analysis.report import write_report
 
+    if replicates:
+        from analysis.gradient_variance import measure_for_study
+
+        measure_for_study(folder, replicates)
     write_report(folder)
 
 

@@ -7,7 +7,9 @@
 
 Where the published text and code differ from this (variance instead of standard deviation as the weight, a mean over
 positions instead of the expectation over the vocabulary, prompts weighted by n_i), this file follows the theory.
-Every switch off is GRPO: allocation.enabled = False, compensation.alpha = 0, stabilisation.floor = 1.
+Every switch off is GRPO: allocation.enabled = False, compensation.alpha = 0, stabilisation.floor = 1. Equal prompt
+weights still differ from GRPO where groups are uneven, which the last batch of a token budget can be even then;
+loss.prompt_weight = "rollouts" switches them off too.
 """
 
 from __future__ import annotations
