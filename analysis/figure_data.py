@@ -75,8 +75,9 @@ def _binned(cost: Floats, values: Floats, bins: int) -> tuple[Floats, Floats]:
 
 
 def dynamic_arms(study: Study) -> list[str]:
-    """Arms that gave the prompts of most steps different numbers of rollouts; a run's last step is cut to its
-    budget.
+    """Arms that gave the prompts of a step different numbers of rollouts in more than a tenth of the steps.
+
+    An allocator that reads histories is uniform until prompts come back; a run's last step is cut to its budget.
     """
     rows = study.allocation
     rows = rows[rows["step"] < rows.groupby(["arm", "seed"])["step"].transform("max")]
@@ -84,7 +85,7 @@ def dynamic_arms(study: Study) -> list[str]:
         return []
     widths = rows.groupby(["arm", "seed", "step"])["n"].agg(lambda n: n.max() - n.min())
     share = (widths >= 2).groupby("arm").mean()
-    return [arm for arm in study.arms if share.get(arm, 0.0) > 0.5]
+    return [arm for arm in study.arms if share.get(arm, 0.0) > 0.1]
 
 
 def rollout_shares(study: Study, arm: str, bins: int = 24) -> tuple[Floats, Floats, Floats]:
