@@ -138,6 +138,8 @@ def ratio_interval(gram: Floats, reference: Floats, resamples: int = 2000, seed:
         replicates, np.full(replicates, 1 / replicates), size=resamples
     )
 
+    draws = draws[(draws > 0).sum(1) > 1]  # a resample of one replicate alone has no variance
+
     def traces(g: Floats) -> Floats:
         spread: Floats = draws @ np.diag(g) - np.einsum("br,br->b", draws @ g, draws) / replicates
         return spread

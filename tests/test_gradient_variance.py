@@ -65,3 +65,8 @@ def test_allocations_spend_the_same_and_agree_where_prompts_are_alike() -> None:
     assert mixed["variance"].max() >= mixed["standard_deviation"].max() > mixed["uniform"].max() == 8
     alike = allocations(history([5.0] * 8), 64)
     assert all((n == 8).all() for n in alike.values())
+
+
+def test_few_replicates_give_a_finite_interval() -> None:
+    samples = np.random.default_rng(5).normal(size=(3, 20))
+    assert np.isfinite(ratio_interval(gram(samples), gram(2 * samples))).all()
