@@ -18,6 +18,7 @@ from benchmark.layers import Layer, did_you_mean, read_options, read_yaml, valid
 
 SHARED = ("policy", "task", "rollout", "optimiser", "budget", "evaluation")
 KINDS = {"studies": "study", "scales": "scale", "tasks": "task"}
+OF_STUDY = ("seeds", "gradient_variance_replicates")  # what a scale may set of the study itself
 IDENTITY = {"study": "the study's file", "arm": "the command", "seed": "--seed", "scale": "--scale"}
 
 
@@ -80,7 +81,7 @@ def compose_study(
 ) -> Plan:
     """The runs of a study file.
 
-    `scale` and `seeds` replace the file's own, as do the seeds that a scale names; an option that changes the
+    `scale` and `seeds` replace the file's own, as does what a scale says of the study; an option that changes the
     budget's currency changes the study's with it.
 
     Raises:
@@ -88,7 +89,8 @@ def compose_study(
     """
     written = read_yaml(find("studies", study))
     size = read_yaml(find("scales", scale or str(written.values.get("scale", "small"))))
-    changes = {"scale": scale, "seeds": seeds if seeds is not None else size.values.get("seeds")}
+    changes = {"scale": scale} | {key: size.values.get(key) for key in OF_STUDY}
+    changes["seeds"] = seeds if seeds is not None else changes["seeds"]
     budget = read_options(options).values.get("budget")
     changes["primary_currency"] = budget.get("currency") if isinstance(budget, dict) else None
     asked = Layer({key: value for key, value in changes.items() if value is not None}).over(written)
@@ -118,8 +120,9 @@ def _compose(
         if key in asked.origins:
             raise asked.error(key, "not an option", f"Give it with {place}")
     sized = read_yaml(find("scales", scale))
-    _only(sized, (*SHARED, "seeds"), "a scale file")
-    sized.values.pop("seeds", None)
+    _only(sized, (*SHARED, *OF_STUDY), "a scale file")
+    for key in OF_STUDY:
+        sized.values.pop(key, None)
     wanted = asked.over(overrides).over(sized)
     section = wanted.values.get("task")
     named = task or (section.get("name") if isinstance(section, dict) else None)

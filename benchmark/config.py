@@ -92,7 +92,7 @@ class WarmupConfig(Model):
 
     steps: Count = 1500
     batch: Count = 128
-    error_rate: Fraction = 0.12
+    error_rate: Fraction = 0.14
     styles: StylesConfig = StylesConfig()
     learning_rate: Positive = 0.02
     seed: Annotated[int, Field(ge=0)] = 0

@@ -86,7 +86,7 @@ FAMILIES: Mapping[str, Callable[[str, _Writer], int]] = {
 }
 
 
-def worked_solution(family: str, prompt: str, style: str, rng: np.random.Generator, error_rate: float = 0.12) -> str:
+def worked_solution(family: str, prompt: str, style: str, rng: np.random.Generator, error_rate: float = 0.14) -> str:
     """A solution text that ends in a boxed answer; `style` is direct, partial or full."""
     body = prompt.split(" ", 1)[1].rstrip(".")
     write = _Writer(rng, error_rate)
