@@ -111,6 +111,13 @@ def reproduce_main_table(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def ablation(session: nox.Session) -> None:
+    """DynaMO's parts, its three forms and the controls on this machine; resumes; results/ablation/REPORT.md."""
+    install(session)
+    session.run("rolloutbench", "study", "configs/studies/ablation.yaml", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
 def dashboard(session: nox.Session) -> None:
     """The MLflow interface on 127.0.0.1 (options behind `--`, for instance `--port 5001`)."""
     install_tool(session, "mlflow")

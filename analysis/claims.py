@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from analysis.comparisons import AVERAGE, Difference, Scores
-from analysis.formatting import interval, metric_name, p_value, points
+from analysis.formatting import counted, interval, metric_name, p_value, points
 from analysis.statistics import holm
 
 SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE = "supported", "not supported", "inconclusive"
@@ -76,7 +76,7 @@ def decide(answer: Answer) -> Answer:
         return replace(answer, verdict=INCONCLUSIVE, reason=why)
     measured = (
         f"{answer.arm} minus {answer.reference} in {metric_name(answer.metric)}: {points(d.mean, sign=True)} points, "
-        f"95 % interval {interval(d.low, d.high)}, Holm p {p_value(answer.holm)}, {d.seeds} seeds"
+        f"95 % interval {interval(d.low, d.high)}, Holm p {p_value(answer.holm)}, {counted(d.seeds, 'seed')}"
     )
     if d.seeds < 2:
         return replace(answer, verdict=INCONCLUSIVE, reason=f"{measured}: one seed cannot decide.")

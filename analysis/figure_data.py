@@ -74,17 +74,23 @@ def _binned(cost: Floats, values: Floats, bins: int) -> tuple[Floats, Floats]:
     return np.array([cost[part].mean() for part in parts]), np.array([values[part].mean() for part in parts])
 
 
-def dynamic_arms(study: Study) -> list[str]:
-    """Arms that gave the prompts of a step different numbers of rollouts in more than a tenth of the steps.
+def uneven_share(study: Study) -> pd.Series[float]:
+    """Share of the steps, by arm, that gave their prompts different numbers of rollouts, by 2 and more.
 
-    An allocator that reads histories is uniform until prompts come back; a run's last step is cut to its budget.
+    An allocator that reads histories is uniform until prompts come back. A run's last step is left out: it is cut to
+    the budget.
     """
     rows = study.allocation
     rows = rows[rows["step"] < rows.groupby(["arm", "seed"])["step"].transform("max")]
     if rows.empty:
-        return []
+        return pd.Series(dtype=float)
     widths = rows.groupby(["arm", "seed", "step"])["n"].agg(lambda n: n.max() - n.min())
-    share = (widths >= 2).groupby("arm").mean()
+    return (widths >= 2).astype(float).groupby("arm").mean()
+
+
+def dynamic_arms(study: Study) -> list[str]:
+    """Arms that gave the prompts of a step different numbers of rollouts in more than a tenth of the steps."""
+    share = uneven_share(study)
     return [arm for arm in study.arms if share.get(arm, 0.0) > 0.1]
 
 

@@ -51,6 +51,11 @@ def exact(value: float) -> str:
     return MISSING if not math.isfinite(value) else f"{round(value):,}".replace("-", MINUS)
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number of things: 1 seed, 5 seeds, 1,209 prompts; `many` where the plural is not `one` with an s."""
+    return f"{exact(count)} {one if count == 1 else many or f'{one}s'}"
+
+
 def points(value: float, *, digits: int = 1, sign: bool = False) -> str:
     """A fraction in percentage points: 0.614 is 61.4; never -0.0."""
     if not math.isfinite(value):

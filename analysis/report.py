@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from analysis.claims import RULE, Answer, answer_claims
 from analysis.comparisons import Difference, Scores
 from analysis.figures import Drawn, write_figures
-from analysis.formatting import amount, currency_name, exact
-from analysis.results import Study, load_study
+from analysis.formatting import amount, counted, currency_name, exact
+from analysis.readme import read_marked, write_readme
+from analysis.results import Study, load_study, read_json
 from analysis.summary import METHOD, headline
 from analysis.table_scores import (
     aggregates_table,
@@ -29,7 +31,7 @@ from benchmark.jsonl import atomic_write_text
 TABLES, FIGURES = "tables", "figures"
 
 
-def write_report(study_dir: Path) -> Path:
+def write_report(study_dir: Path, readme: Path | None = None) -> Path:
     """Write ``tables/*.{md,csv,tex}``, ``figures/*.{svg,pdf,png}`` and ``REPORT.md`` of a results folder.
 
     What is missing or failed is named first and left out of every number. The same records give the same
@@ -37,16 +39,23 @@ def write_report(study_dir: Path) -> Path:
 
     Args:
         study_dir: ``results/<study>``, with ``plan.json`` and ``cells/``.
+        readme: a README whose marked parts are to show the same results (`analysis.readme`).
 
     Returns:
         The path of REPORT.md.
 
     Raises:
-        InputError: there is no plan, no cell is done, or a record is damaged.
+        InputError: there is no plan, no cell is done, a record is damaged, or `readme` lacks its marks.
     """
+    if readme is not None:
+        read_marked(readme)
     study = load_study(study_dir)
-    scores = Scores(study)
     variance = _variance(study_dir)
+    if variance is not None and not _is_of(study, variance):
+        variance = None
+        told = "The gradient variance in the folder was measured for another configuration: it is left out."
+        study = replace(study, problems=(*study.problems, told))
+    scores = Scores(study)
     answers = answer_claims(scores, study.claims)
     differences = _differences(scores)
     tables = {table.name: table for table in _tables(scores, answers, differences, variance)}
@@ -60,6 +69,8 @@ def write_report(study_dir: Path) -> Path:
     figures = {drawn.name: drawn for drawn in write_figures(scores, study_dir / FIGURES, variance)}
     path = study_dir / "REPORT.md"
     atomic_write_text(path, _compose(scores, answers, headline(scores, differences), tables, figures))
+    if readme is not None:
+        write_readme(readme, scores, differences, answers, study_dir / FIGURES)
     return path
 
 
@@ -68,7 +79,7 @@ rebuild = write_report
 
 
 def _variance(folder: Path) -> dict[str, Any] | None:
-    """The gradient-variance measurement that belongs to the study, if it was made."""
+    """The gradient-variance measurement in a study's folder, if one was made."""
     path = folder / "gradient_variance.json"
     if not path.exists():
         return None
@@ -84,6 +95,13 @@ def _variance(folder: Path) -> dict[str, Any] | None:
             remedy="Measure again, or remove the file and the report goes without it",
         )
     return dict(record) if record["rows"] else None
+
+
+def _is_of(study: Study, variance: dict[str, Any]) -> bool:
+    """Whether a measurement was made with the configuration of the study's reference arm, as far as both say."""
+    own = [cell["dir"] for cell in study.done[study.done["arm"] == study.reference].to_dict("records")]
+    known = {(read_json(study.folder / str(cell) / "result.json") or {}).get("plan_hash") for cell in own}
+    return not known or variance.get("plan_hash") in {*known, None}
 
 
 def _differences(scores: Scores) -> list[Difference]:
@@ -150,16 +168,18 @@ def _opening(scores: Scores) -> str:
     budget = float(study.done["planned"].iloc[0])
     currency = currency_name(str(study.done["planned_currency"].iloc[0]))
     facts = (
-        f"{len(study.done)} of {len(study.cells)} runs: {len(study.arms)} arms, {len(study.plan['seeds'])} "
-        f"{_plural('seed', len(study.plan['seeds']))}, {exact(budget)} {currency} each, scale "
-        f"`{study.plan.get('scale', '?')}`; final evaluation on {len(scores.items)} problems with "
-        f"{study.samples} samples each."
+        f"{len(study.done)} of {counted(len(study.cells), 'run')}: {counted(len(study.arms), 'arm')}, "
+        f"{counted(len(study.plan['seeds']), 'seed')}, {exact(budget)} {currency} each, scale "
+        f"`{study.plan.get('scale', '?')}`; final evaluation on {counted(len(scores.items), 'problem')} with "
+        f"{counted(study.samples, 'sample')} each."
     )
     return f"**{question}**\n\n{facts}" if question else facts
 
 
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}s"
+_SHARED = {
+    0: "so no difference is shown",
+    1: "so the intervals of the difference are over problems only and do not hold the luck of training",
+}
 
 
 def _problems(scores: Scores) -> str:
@@ -168,12 +188,10 @@ def _problems(scores: Scores) -> str:
     if study.reference in absent:
         problems.append(f"{study.reference}, the reference, has no finished run: nothing can be compared.")
     elif len(study.plan["seeds"]) > 1:
-        lone = [arm for arm in study.arms if len(scores.seeds(arm, study.reference)) == 1]
-        if lone:
-            problems.append(
-                f"{', '.join(lone)}: one seed shared with {study.reference}, so the intervals of the difference "
-                "are over problems only and do not hold the luck of training."
-            )
+        shared = {arm: len(scores.seeds(arm, study.reference)) for arm in study.arms if arm != study.reference}
+        for count, what in _SHARED.items():
+            if lone := [arm for arm in shared if shared[arm] == count]:
+                problems.append(f"{', '.join(lone)}: {counted(count, 'seed')} shared with {study.reference}, {what}.")
     return "".join(f"- {problem}\n" for problem in problems)
 
 

@@ -137,7 +137,7 @@ def _item_variance(rows: Floats, columns2: Floats, squares: Floats, items: int) 
         return np.zeros_like(mean)
     between = seeds * (columns2 - items * mean**2) / (items - 1)
     if seeds == 1:
-        return np.asarray(between / items, dtype=np.float64)
+        return np.asarray(np.maximum(between, 0.0) / items, dtype=np.float64)
     rest = squares - items * np.square(rows).sum(axis=-1) - seeds * columns2 + seeds * items * mean**2
     rest = rest / ((seeds - 1) * (items - 1))
     return np.asarray(np.maximum(between - rest, 0.0) / (seeds * items), dtype=np.float64)

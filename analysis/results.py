@@ -20,7 +20,7 @@ import yaml
 
 from benchmark.errors import InputError
 from benchmark.jsonl import Row, read_rows
-from benchmark.ledger import CURRENCIES, FATES
+from benchmark.ledger import CURRENCIES, FATES, UNCHARGED_PHASES
 
 MEASURED = ("device_seconds", "verifier_seconds")
 _DEFAULT_KS = (1, 8, 32)
@@ -35,7 +35,7 @@ class Study:
         plan: ``plan.json``.
         cells: one row per planned cell: arm, seed, dir, state (done, failed, running, interrupted, missing,
             incomplete), message; of done cells also planned, steps, overshoot, wall_seconds, device,
-            spent/<currency>, drawn/<fate>, seconds/<phase>, versions.
+            spent/<currency>, oracle/<currency>, drawn/<fate>, seconds/<phase>, versions.
         points: one row per evaluation of a done cell: arm, seed, point, step, final, and the cumulative
         training
             spend in every currency.
@@ -269,17 +269,18 @@ def _result_columns(result: Mapping[str, Any]) -> dict[str, Any]:
     }
     columns |= {"planned": planned, "planned_currency": currency}
     columns |= {f"spent/{name}": result["spent"].get(name, np.nan) for name in (*CURRENCIES, *MEASURED)}
+    columns |= {f"oracle/{name}": result.get("oracle", {}).get(name, 0) for name in CURRENCIES}
     columns |= {f"drawn/{fate}": result.get("drawn", {}).get(fate, 0) for fate in FATES}
     columns |= {f"seconds/{phase}": value for phase, value in result.get("seconds", {}).items()}
     return columns | {"versions": json.dumps(result.get("versions", {}), sort_keys=True)}
 
 
 def _seconds_by_step(cell: Path) -> list[tuple[int, float, float]]:
-    """(step, device seconds, verifier seconds) of every timing row, evaluation left out."""
+    """(step, device seconds, verifier seconds) of every timing row, evaluation and oracles left out."""
     rows = []
     for row in read_rows(cell / "timings.jsonl")[0]:
         seconds = row.get("seconds", {})
-        training = sum(value for phase, value in seconds.items() if phase != "evaluate")
+        training = sum(value for phase, value in seconds.items() if phase not in UNCHARGED_PHASES)
         # A row with a point was taken after the point's evaluation: it belongs to what came before the next.
         begin = int(row["step"]) - (1 if "point" in row else 0)
         rows.append((begin, float(training), float(row.get("verifier_cpu", seconds.get("verify", 0.0)))))

@@ -40,20 +40,26 @@ def headline(scores: Scores, differences: Sequence[Difference]) -> str:
     best, tied = scores.best_and_tied(study.metric, AVERAGE)
     mean = float(scores.estimate(scores.final(best, study.metric)).mean)
     ties = [arm for arm in study.arms if arm in tied]
-    sentences = [
-        f"Highest {metric_name(study.metric)}: {best} with {points(mean)} %, tied with {_list(ties) or 'no other arm'}."
-    ]
+    others = listed(ties) or "no other arm"
+    sentences = [f"Highest {metric_name(study.metric)}: {best} with {points(mean)} %, tied with {others}."]
     shown = [d for d in differences if (d.family, d.metric) == (AVERAGE, study.metric)]
     if not shown:
         return sentences[0]
-    adjusted = holm([d.p for d in shown])
-    clear = [d for d, q in zip(shown, adjusted, strict=True) if is_clear(d, float(q))]
+    return " ".join([*sentences, standing(study.reference, shown), detectable_sentence(shown)])
+
+
+def standing(reference: str, differences: Sequence[Difference]) -> str:
+    """Which arms are clearly above and below the reference, Holm over the differences given."""
+    adjusted = holm([d.p for d in differences])
+    clear = [d for d, q in zip(differences, adjusted, strict=True) if is_clear(d, float(q))]
+    sentences = []
     for words, sign in (("above", 1), ("below", -1)):
         found = sorted((d for d in clear if d.mean * sign > 0), key=lambda d: -abs(d.mean))
         names = [f"{d.arm} ({points(d.mean, sign=True)} {interval(d.low, d.high)})" for d in found]
-        sentences.append(f"Clearly {words} {study.reference}, after Holm's correction: {_list(names) or 'no arm'}.")
-    return " ".join([*sentences, detectable_sentence(shown)])
+        sentences.append(f"Clearly {words} {reference}, after Holm's correction: {listed(names) or 'no arm'}.")
+    return " ".join(sentences)
 
 
-def _list(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: a, b and c."""
     return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.claims import Answer
 from analysis.comparisons import AVERAGE, Difference, Scores
-from analysis.formatting import currency_name, exact, interval, metric_name, p_value, plus_minus, points
+from analysis.formatting import counted, currency_name, exact, interval, metric_name, p_value, plus_minus, points
 from analysis.statistics import Floats, detectable_shift, holm, improvement_estimate, iqm_estimate
 from analysis.tables import TIED, Column, Table, Text
 
@@ -36,7 +36,8 @@ def main_table(scores: Scores) -> Table:
     names = ["arm", "family", "metric", "seeds", "mean", "low", "high", "best", "tied_with_best"]
     notes = [
         f"Percent, mean over {_seeds_text(scores)} and {_items_text(scores)}, final evaluation with "
-        f"{study.samples} samples a problem; ± half the 95 % two-level interval (training seeds and problems).",
+        f"{counted(study.samples, 'sample')} a problem; ± half the 95 % two-level interval (training seeds and "
+        "problems).",
         "The interval of one arm holds the choice of problems, which all arms share: compare arms by their paired "
         "differences.",
         f"Bold: highest. {TIED}: the paired difference to the highest has 0 in its 95 % interval.",
@@ -79,8 +80,8 @@ def differences_table(scores: Scores, differences: Sequence[Difference]) -> Tabl
     titles = ["difference", "95 % interval", "p", "Holm p", "seed sd", "detectable", "seeds"]
     notes = [
         f"Percentage points of {name}, mean over families, paired by seed and problem; two-level 95 % interval.",
-        f"p: studentised label swaps; Holm over the {len(shown)} cells of this table. Bold: the interval excludes "
-        "0 and Holm p < 0.05.",
+        f"p: studentised label swaps; Holm over the {counted(len(shown), 'cell')} of this table. Bold: the interval "
+        "excludes 0 and Holm p < 0.05.",
         detectable_sentence(shown),
     ]
     title = f"Difference to {study.reference} in {name}"
@@ -134,7 +135,8 @@ def family_table(scores: Scores, differences: Sequence[Difference]) -> Table:
                 rows.setdefault(d.arm, [Text(d.arm)]).append(Text(text, bold=is_clear(d, q)))
     notes = [
         "Percentage points with two-level 95 % intervals, paired by seed and problem.",
-        f"Bold: the interval excludes 0 and p < 0.05 after Holm over the {len(differences)} cells of this table.",
+        "Bold: the interval excludes 0 and p < 0.05 after Holm over the "
+        f"{counted(len(differences), 'cell')} of this table.",
     ]
     return Table(
         "differences_by_family",
@@ -208,7 +210,7 @@ def claims_table(answers: Sequence[Answer]) -> Table:
         [*columns, *map(Column, titles)],
         rows,
         pd.DataFrame(data, columns=[*names, "mean", "low", "high", "p", "p_holm"]),
-        [f"Percentage points; Holm over the {len(answers)} claims."],
+        [f"Percentage points; Holm over {counted(len(answers), 'claim')}."],
     )
 
 
@@ -229,7 +231,8 @@ def _seeds_text(scores: Scores) -> str:
 
 
 def _items_text(scores: Scores) -> str:
-    return f"{len(scores.items)} problems ({len(scores.study.families)} families, equal weight)"
+    families = counted(len(scores.study.families), "family", "families, equal weight")
+    return f"{counted(len(scores.items), 'problem')} ({families})"
 
 
 def _budget_text(scores: Scores) -> str:

@@ -13,7 +13,7 @@ from analysis.results import MEASURED
 from analysis.spending import area_estimate, at_equal_amount, shared_currencies, smallest_spend, target_estimate
 from analysis.table_scores import ARM
 from analysis.tables import Column, Table, Text
-from benchmark.ledger import CURRENCIES, FATES
+from benchmark.ledger import CURRENCIES, FATES, UNCHARGED_PHASES
 
 NOT_REACHED = "not reached"
 
@@ -23,22 +23,29 @@ def spend_table(scores: Scores) -> Table:
     study = scores.study
     grouped = study.done.groupby("arm")
     currencies = [name for name in (*CURRENCIES, *MEASURED) if study.done[f"spent/{name}"].notna().any()]
+    apart = {"evaluation tokens": "evaluation_tokens"}
+    if study.done["oracle/rollouts"].any():
+        apart["oracle tokens"] = "oracle/tokens_generated"
     rows, data = [], []
     for arm in study.arms:
         cells = grouped.get_group(arm)
         planned, spent = float(cells["planned"].mean()), float(cells[f"spent/{study.currency}"].mean())
         overshoot = max((float(x) for x in cells["overshoot"]), key=abs)
         means = [float(cells[f"spent/{name}"].mean()) for name in currencies]
-        tokens = float(cells["evaluation_tokens"].astype(float).mean())
-        texts = [arm, exact(planned), exact(spent), exact(overshoot), *map(amount, means), amount(tokens)]
-        rows.append([Text(text) for text in texts])
-        data.append([arm, len(cells), planned, spent, overshoot, *means, tokens])
-    names = ["arm", "seeds", "planned", "spent", "largest_overshoot", *currencies, "evaluation_tokens"]
-    titles = ["planned", "spent", "overshoot", *map(currency_name, currencies), "evaluation tokens"]
+        means += [float(cells[column].astype(float).mean()) for column in apart.values()]
+        rows.append([Text(text) for text in (arm, exact(planned), exact(spent), exact(overshoot), *map(amount, means))])
+        data.append([arm, len(cells), planned, spent, overshoot, *means])
+    names = ["arm", "seeds", "planned", "spent", "largest_overshoot", *currencies]
+    names += [title.replace(" ", "_") for title in apart]
+    titles = ["planned", "spent", "overshoot", *map(currency_name, currencies), *apart]
     notes = [
         f"Planned, spent and overshoot in {currency_name(study.currency)}; overshoot is the largest of any seed. "
         "Means over seeds. Everything drawn is charged, what was thrown away too; evaluation is not.",
     ]
+    if "oracle tokens" in apart:
+        notes.append(
+            "Oracle tokens: what an arm was told for free. It bounds what a method could gain; it is no method."
+        )
     return Table(
         "spend",
         "What a run of each arm spent",
@@ -55,8 +62,8 @@ def seconds_table(scores: Scores) -> Table:
     columns = [name for name in study.done.columns if name.startswith("seconds/")]
     order = ["decode", "verify", "forward", "backward", "optimiser", "other"]
     phases = [name.removeprefix("seconds/") for name in columns]
-    trained = [p for p in order if p in phases] + sorted(set(phases) - set(order) - {"evaluate"})
-    phases = trained + (["evaluate"] if "evaluate" in phases else [])
+    trained = [p for p in order if p in phases] + sorted(set(phases) - set(order) - set(UNCHARGED_PHASES))
+    phases = trained + [p for p in UNCHARGED_PHASES if p in phases]
     means = study.done.groupby("arm")[[f"seconds/{phase}" for phase in phases]].mean().fillna(0.0)
     means = means.rename(columns=lambda name: name.removeprefix("seconds/")).loc[study.arms]
     means.insert(len(trained), "training", means[trained].sum(axis=1))
@@ -76,7 +83,8 @@ def seconds_table(scores: Scores) -> Table:
 def rollouts_table(scores: Scores) -> Table:
     """What became of the rollouts every arm drew, mean over seeds."""
     study = scores.study
-    means = study.done.groupby("arm")[[f"drawn/{fate}" for fate in FATES]].mean().loc[study.arms]
+    fates = [fate for fate in FATES if fate != "probed" or study.done["drawn/probed"].any()]
+    means = study.done.groupby("arm")[[f"drawn/{fate}" for fate in fates]].mean().loc[study.arms]
     means = means.rename(columns=lambda name: name.removeprefix("drawn/"))
     means.insert(0, "drawn", means.sum(axis=1))
     rows = []
@@ -85,7 +93,7 @@ def rollouts_table(scores: Scores) -> Table:
         rows.append([Text(str(arm)), Text(exact(values[0])), *shares])
     notes = [
         "Drawn = trained + filtered (dropped by the method) + overflow (kept, but beyond the batch) + failed (cut "
-        "short by the end of the budget). All are charged."
+        f"short by the end of the budget){' + probed (pre-sampling)' if 'probed' in fates else ''}. All are charged."
     ]
     titles = [Column(str(name)) for name in means.columns]
     return Table("rollouts", "What became of the rollouts", [ARM, *titles], rows, means.reset_index(), notes)

@@ -177,17 +177,21 @@ def warmup(scale: Scale = "small", task: Task = None, options: Set = None) -> No
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's results.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's results.")],
+    readme: Annotated[Path | None, typer.Option(help="Write the marked parts of this README too.")] = None,
+) -> None:
     """Rebuild REPORT.md, tables and figures of a study.
 
     \b
-    Example:
+    Examples:
       rolloutbench report results/main_table
+      rolloutbench report results/main_table --readme README.md
     """
     _plan_in(folder)
     from analysis.report import write_report
 
-    write_report(folder)
+    write_report(folder, readme)
     typer.echo(f"done: {folder / 'REPORT.md'}")
 
 
@@ -257,6 +261,7 @@ def _finish(outcome: Outcome, folder: Path) -> None:
 
 
 def _show_plan(plan: Plan, folder: Path, workers: int | None) -> None:
+    from analysis.formatting import counted
     from benchmark.cells import Cell
     from benchmark.estimate import ASSUMED_SD, detectable_difference, estimate, paired_sd
     from benchmark.progress import duration, short
@@ -270,18 +275,18 @@ def _show_plan(plan: Plan, folder: Path, workers: int | None) -> None:
     if cells and all(cell.result() is None for cell in cells):
         probe = getattr(import_module("benchmark.run"), "measure_unit_prices", None)
     cost, count = estimate(cells, probe), workers or default_workers()
-    typer.echo(f"{plan.study.study}: {cost.cells} cells, {cost.missing_cells} to run; {cost.source}")
+    typer.echo(f"{plan.study.study}: {counted(cost.cells, 'cell')}, {cost.missing_cells} to run; {cost.source}")
     for label, amounts in (("all cells", cost.total), ("to run", cost.missing)):
         known = [f"{currency} {short(amounts[currency])}" for currency in amounts if currency in COUNTED]
         unknown = [currency for currency in COUNTED if currency not in amounts]
         hours = f"{duration(amounts['wall_seconds'] / count)}" if "wall_seconds" in amounts else "unknown"
         disk = f"{short(amounts['disk_bytes'])}B" if "disk_bytes" in amounts else "unknown"
         told = ", ".join(known + [f"{currency} unknown" for currency in unknown])
-        typer.echo(f"{label}: {told}; about {hours} with {count} workers; disk {disk}")
+        typer.echo(f"{label}: {told}; about {hours} with {counted(count, 'worker')}; disk {disk}")
     sd = paired_sd(cells, plan.study.reference)
     smallest = 100 * detectable_difference(len(plan.study.seeds), sd or ASSUMED_SD)
-    source = "measured" if sd else "assumed"
+    source, seeds = "measured" if sd else "assumed", counted(len(plan.study.seeds), "seed")
     typer.echo(
-        f"smallest detectable difference in pass@1: {smallest:.1f} points with {len(plan.study.seeds)} seeds "
+        f"smallest detectable difference in pass@1: {smallest:.1f} points with {seeds} "
         f"(80 % power; paired sd {100 * (sd or ASSUMED_SD):.1f} points, {source})"
     )

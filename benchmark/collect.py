@@ -1,8 +1,8 @@
-"""The first half of a step: prompts -> allocate -> rollouts -> verify -> keep."""
+"""The first half of a step: prompts -> (probe) -> allocate -> rollouts -> verify -> keep."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ from benchmark.clock import Clock
 from benchmark.config import RolloutConfig
 from benchmark.decode import generate
 from benchmark.groups import Groups, segment_sum
-from benchmark.history import PromptHistory
+from benchmark.history import HistoryView, PromptHistory
 from benchmark.ledger import Budget, Ledger, Prices
-from benchmark.method import Method
+from benchmark.method import Method, Probe
 from benchmark.policy import Policy
 from benchmark.problems import Item
 from benchmark.rollouts import Rollouts, concatenate
@@ -72,6 +72,7 @@ class Draw:
 
     Attributes:
         prompts: pool positions, (P,). counts: rollouts of each, (P,). verdicts: one per rollout.
+        history: what `allocate` saw of the prompts.
         cut: the budget, not the protocol, set the token limit: never trains.
     """
 
@@ -79,6 +80,7 @@ class Draw:
     counts: NDArray[np.int64]
     rollouts: Rollouts
     verdicts: list[Verdict]
+    history: HistoryView
     cut: bool
 
 
@@ -130,69 +132,97 @@ class Collector:
             if draw.cut:
                 self._charge(step, draw, np.full(len(draw.prompts), "failed", dtype=object))
                 continue
-            mask = self.method.keep(self._groups(draw.rollouts, draw.verdicts))
+            mask = self.method.keep(self._groups(draw.rollouts, draw.verdicts, draw.history))
             chosen = torch.nonzero(mask).flatten()[: wanted - have]
             have += len(chosen)
             kept.append((draw, chosen))
             fate = np.where(mask.cpu().numpy(), "overflow", "filtered").astype(object)
             fate[chosen.cpu().numpy()] = "trained"
             self._charge(step, draw, fate)
-        rollouts = concatenate(
-            [d.rollouts.select_prompts(c) for d, c in kept]
-            or [drawn[0].rollouts.select_prompts(torch.zeros(0, dtype=torch.int64, device=self.clock.device))]
-        )
+        kept = kept or [(drawn[0], torch.zeros(0, dtype=torch.int64, device=self.clock.device))]
+        rollouts = concatenate([d.rollouts.select_prompts(c) for d, c in kept])
         verdicts = [d.verdicts[row] for d, c in kept for row in d.rollouts.rows_of(c).tolist()]
-        return Batch(rollouts, self._groups(rollouts, verdicts), drawn)
+        history = HistoryView.concatenate([d.history.select(c.cpu().numpy()) for d, c in kept])
+        return Batch(rollouts, self._groups(rollouts, verdicts, history), drawn)
 
     def _draw(self, weights: Weights, step: int, prompts_left: int) -> Draw:
         # A draw ends with its epoch, so that its prompts are distinct.
-        size = len(self.pool.items)
-        epoch, offset = divmod(self.place, size)
+        prompts_left = min(prompts_left, len(self.pool.items) - self.place % len(self.pool.items))
+        probe, config = self.method.probe, self.config
+        reserved = probe.rollouts if probe and probe.charged else 0
         admitted = self.budget.admit(
-            self.remaining, min(prompts_left, size - offset), self.config.rollouts_per_prompt, self.config.max_tokens
+            self.remaining, prompts_left, config.rollouts_per_prompt, config.max_tokens, reserved
         )
         prompts = self.pool.prompts(self.place, admitted.prompts)
-        counts = self._allocate(prompts, admitted.rollouts, step)
-        keys = np.repeat(self.pool.stream_keys("rollout", step, epoch, prompts), counts)
+        seen = self.history.view(prompts)
+        if probe and admitted.probe == reserved and not admitted.cut:
+            seen = self._probe(weights, step, probe, prompts, seen)
+        counts = self._allocate(seen, admitted.rollouts, step)
+        rollouts, verdicts = self._sample(weights, "rollout", step, prompts, counts, admitted.max_tokens)
+        self.place += len(prompts)
+        if not admitted.cut:
+            self.history.record(prompts, _successes(rollouts, verdicts), counts.astype(np.float64))
+        return Draw(prompts, counts, rollouts, verdicts, seen, admitted.cut)
+
+    def _probe(self, weights: Weights, step: int, probe: Probe, prompts: list[int], seen: HistoryView) -> HistoryView:
+        """`seen` with the outcome of the probe, which is charged, or recorded apart where it is an oracle's."""
+        trials = np.full(len(prompts), probe.rollouts, dtype=np.int64)
+        phases = ("decode", "verify") if probe.charged else ("oracle", "oracle")
+        rollouts, verdicts = self._sample(weights, "probe", step, prompts, trials, self.config.max_tokens, phases)
+        read, made = len(rollouts.prompt_tokens), len(rollouts.tokens)
+        self.ledger.charge(
+            step,
+            "probe" if probe.charged else "oracle",
+            "probed" if probe.charged else None,
+            rollouts=len(rollouts),
+            prompt_tokens=read,
+            tokens_generated=made,
+            flops=self.prices.forward(read + made),
+        )
+        return replace(seen, probe_successes=_successes(rollouts, verdicts).astype(np.int64), probe_trials=trials)
+
+    def _sample(
+        self,
+        weights: Weights,
+        purpose: str,
+        step: int,
+        prompts: list[int],
+        counts: NDArray[np.int64],
+        max_tokens: int,
+        phases: tuple[str, str] = ("decode", "verify"),
+    ) -> tuple[Rollouts, list[Verdict]]:
+        """`counts` (P,) rollouts of `prompts` from the streams of `purpose`, with their verdicts."""
+        epoch = self.place // len(self.pool.items)
+        keys = np.repeat(self.pool.stream_keys(purpose, step, epoch, prompts), counts)
         lanes = np.concatenate([np.arange(n) for n in counts])
         device = self.clock.device
-        with self.clock.phase("decode"):
+        with self.clock.phase(phases[0]):
             rollouts = generate(
                 weights,
                 torch.cat([self.pool.tokens[p] for p in prompts]),
                 torch.tensor([len(self.pool.tokens[p]) for p in prompts], device=device),
                 torch.from_numpy(counts).to(device),
-                torch.from_numpy(streams.uniforms(keys, lanes, admitted.max_tokens)).float().to(device),
-                max_tokens=admitted.max_tokens,
+                torch.from_numpy(streams.uniforms(keys, lanes, max_tokens)).float().to(device),
+                max_tokens=max_tokens,
                 end=self.policy.end,
                 temperature=self.config.temperature,
             )
-        self.place += len(prompts)
-        verdicts = self._verify(prompts, rollouts)
-        draw = Draw(prompts, counts, rollouts, verdicts, admitted.cut)
-        if not admitted.cut:
-            correct = torch.tensor([reward(v) for v in verdicts], dtype=torch.float64)
-            successes = segment_sum(correct, rollouts.prompt.cpu(), len(prompts)).numpy()
-            self.history.record(prompts, successes, counts.astype(np.float64))
-        return draw
+        with self.clock.phase(phases[1]):
+            texts = self.policy.decode(rollouts.texts())
+            golds = [self.pool.items[prompts[p]].answer for p in rollouts.prompt.tolist()]
+            return rollouts, self.verifier.verify_rollouts(golds, texts, rollouts.finished.tolist())
 
-    def _allocate(self, prompts: list[int], budget: int, step: int) -> NDArray[np.int64]:
+    def _allocate(self, seen: HistoryView, budget: int, step: int) -> NDArray[np.int64]:
         rng = streams.generator(self.pool.seed, "allocate", step, self.place)
-        counts = np.asarray(self.method.allocate(self.history.view(prompts), budget, rng))
-        if counts.shape != (len(prompts),) or counts.dtype != np.int64 or counts.min() < 0 or counts.sum() != budget:
+        counts = np.asarray(self.method.allocate(seen, budget, rng))
+        if counts.shape != (len(seen),) or counts.dtype != np.int64 or counts.min() < 0 or counts.sum() != budget:
             raise MethodError(
                 f"{type(self.method).__name__}.allocate returned {counts.dtype} {counts.shape} summing to "
-                f"{counts.sum()}; it must return {len(prompts)} int64 counts >= 0 that sum to {budget}"
+                f"{counts.sum()}; it must return {len(seen)} int64 counts >= 0 that sum to {budget}"
             )
         return counts
 
-    def _verify(self, prompts: list[int], rollouts: Rollouts) -> list[Verdict]:
-        with self.clock.phase("verify"):
-            texts = self.policy.decode(rollouts.texts())
-            golds = [self.pool.items[prompts[p]].answer for p in rollouts.prompt.tolist()]
-            return self.verifier.verify_rollouts(golds, texts, rollouts.finished.tolist())
-
-    def _groups(self, rollouts: Rollouts, verdicts: list[Verdict]) -> Groups:
+    def _groups(self, rollouts: Rollouts, verdicts: list[Verdict], history: HistoryView) -> Groups:
         return Groups(
             rollouts.prompt,
             rollouts.prompts,
@@ -200,6 +230,7 @@ class Collector:
             rollouts.length,
             ~rollouts.finished,
             self.config.max_tokens,
+            history,
         )
 
     def _charge(self, step: int, draw: Draw, fate: NDArray[np.object_]) -> None:
@@ -223,3 +254,9 @@ class Collector:
                 tokens_generated=made,
                 flops=self.prices.forward(read + made),
             )
+
+
+def _successes(rollouts: Rollouts, verdicts: list[Verdict]) -> NDArray[np.float64]:
+    """Correct rollouts per prompt, (P,)."""
+    correct = torch.tensor([reward(v) for v in verdicts], dtype=torch.float64)
+    return segment_sum(correct, rollouts.prompt.cpu(), rollouts.prompts).numpy()

@@ -6,10 +6,12 @@ A batch of R rollouts over P prompts is flat: rollout i belongs to prompt ``prom
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from benchmark.history import HistoryView
 
 
 def segment_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
@@ -28,6 +30,10 @@ class Groups:
         length: (R,) int64, generated tokens, end-of-sequence included.
         truncated: (R,) bool, stopped by the token limit.
         max_tokens: the token limit of a rollout.
+        history: what `allocate` saw of the P prompts before these rollouts were drawn; by default prompts never seen.
+
+    Raises:
+        ValueError: `history` is of another number of prompts.
     """
 
     prompt: Tensor
@@ -36,6 +42,13 @@ class Groups:
     length: Tensor
     truncated: Tensor
     max_tokens: int
+    history: HistoryView = field(default_factory=lambda: HistoryView.unseen(0))
+
+    def __post_init__(self) -> None:
+        if not len(self.history):
+            object.__setattr__(self, "history", HistoryView.unseen(self.prompts))
+        elif len(self.history) != self.prompts:
+            raise ValueError(f"history of {len(self.history)} prompts for groups of {self.prompts}")
 
     @property
     def size(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class HistoryView:
-    """Past outcomes of the prompts of one batch, in batch order. All arrays are (P,).
+    """What an allocator sees of the prompts of one batch, in batch order. All arrays are (P,).
 
     Attributes:
         successes: correct rollouts so far, discounted by the decay.
@@ -22,6 +22,8 @@ class HistoryView:
         visits: how often the prompt was in a batch, undiscounted.
         last_successes: correct rollouts of the latest visit.
         last_trials: rollouts of the latest visit.
+        probe_successes, probe_trials: correct rollouts and rollouts of the probe drawn just now (`Method.probe`),
+            0 without one; never part of the counts above.
     """
 
     successes: Floats
@@ -29,6 +31,32 @@ class HistoryView:
     visits: Ints
     last_successes: Ints
     last_trials: Ints
+    probe_successes: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    probe_trials: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def __post_init__(self) -> None:
+        for name in ("probe_successes", "probe_trials"):
+            if not len(getattr(self, name)):
+                object.__setattr__(self, name, np.zeros(len(self), dtype=np.int64))
+
+    @classmethod
+    def unseen(cls, prompts: int) -> HistoryView:
+        """The view of `prompts` prompts that were never in a batch."""
+        return PromptHistory(prompts).view(range(prompts))
+
+    def __len__(self) -> int:
+        """Number of prompts P."""
+        return len(self.trials)
+
+    def select(self, prompts: Ints) -> HistoryView:
+        """The rows of the given prompts (numbers within the batch), in that order."""
+        return HistoryView(*(getattr(self, column.name)[prompts] for column in fields(self)))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[HistoryView]) -> HistoryView:
+        """The views of several batches as one, in order; at least one part."""
+        columns = ([getattr(part, column.name) for part in parts] for column in fields(cls))
+        return cls(*map(np.concatenate, columns))
 
     def posterior(self, prior: tuple[float, float]) -> tuple[Floats, Floats]:
         """Beta posterior parameters (a + successes, b + failures) under a Beta(a, b) prior."""
@@ -59,7 +87,11 @@ class PromptHistory:
         return HistoryView(rows[:, 0].copy(), rows[:, 1].copy(), integer[:, 0], integer[:, 1], integer[:, 2])
 
     def record(self, prompts: Sequence[int], successes: Floats, trials: Floats) -> None:
-        """Add one visit: `successes` (P,) of `trials` (P,) for each of the distinct `prompts`; no trial, no visit."""
+        """Add one visit: `successes` (P,) of `trials` (P,) for each of the distinct `prompts`; no trial, no visit.
+
+        Outcomes of a probe are not recorded: they are known for the draw they were taken for, and an oracle's must
+        not become free knowledge about later ones.
+        """
         seen = np.asarray(trials) > 0
         index = np.asarray(prompts, dtype=np.int64)[seen]
         keep = 1.0 if self.half_life is None else 0.5 ** (1.0 / self.half_life)

@@ -16,7 +16,9 @@ CURRENCIES = (
     "tokens_backpropagated",
     "flops",
 )
-FATES = ("trained", "filtered", "overflow", "failed")
+FATES = ("trained", "filtered", "overflow", "failed", "probed")
+UNCHARGED_PHASES = ("evaluate", "oracle")
+"""Phases of the clock whose seconds are no arm's device seconds, as their tokens are in no arm's budget."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +45,30 @@ class Ledger:
     """Cumulative spend of one run and the rows that add up to it.
 
     ``ledger.jsonl`` holds only countable currencies, so equal runs write equal bytes; measured seconds are in
-    ``timings.jsonl``. Rollout rows carry a fate; drawn = trained + filtered + overflow + failed.
+    ``timings.jsonl``. Rollout rows carry a fate; drawn = trained + filtered + overflow + failed + probed.
+
+    Attributes:
+        spent: what counts against the budget, by currency; includes probes.
+        evaluated, oracle: accounts of their own for evaluation and for the rollouts of an uncharged probe.
+        drawn: rollouts of `spent` by fate.
     """
 
     path: Path
     rows: int = 0
     spent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CURRENCIES, 0))
     evaluated: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CURRENCIES, 0))
+    oracle: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CURRENCIES, 0))
     drawn: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
 
     def charge(self, step: int, event: str, fate: str | None = None, **amounts: int) -> None:
-        """Append one event. `amounts` are keyed by currency; evaluation never counts against the budget."""
+        """Append one event. `amounts` are keyed by currency; evaluation and oracle never count against the budget."""
         row: dict[str, Any] = {"row": self.rows, "step": step, "event": event, "fate": fate}
         row |= {currency: amounts.pop(currency, 0) for currency in CURRENCIES}
         if amounts:
             raise KeyError(f"unknown currencies {sorted(amounts)}; known: {', '.join(CURRENCIES)}")
         append_rows(self.path, [row])
         self.rows += 1
-        account = self.evaluated if event == "evaluation" else self.spent
+        account = {"evaluation": self.evaluated, "oracle": self.oracle}.get(event, self.spent)
         for currency in CURRENCIES:
             account[currency] += row[currency]
         if fate is not None:
@@ -68,22 +76,31 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """Totals for a checkpoint."""
-        return {"rows": self.rows, "spent": self.spent, "evaluated": self.evaluated, "drawn": self.drawn}
+        return {"rows": self.rows} | {name: getattr(self, name) for name in ("spent", "evaluated", "oracle", "drawn")}
 
     @classmethod
     def restore(cls, path: Path, state: dict[str, Any]) -> Ledger:
         """A ledger that goes on at `path` from the totals of `state`."""
-        return cls(path, state["rows"], dict(state["spent"]), dict(state["evaluated"]), dict(state["drawn"]))
+        totals = (dict(state[name]) for name in ("spent", "evaluated", "oracle", "drawn"))
+        return cls(path, state["rows"], *totals)
 
 
 @dataclass(frozen=True)
 class Admission:
-    """A part of a batch that certainly fits the rest of the budget."""
+    """A part of a batch that certainly fits the rest of the budget.
+
+    Attributes:
+        prompts: prompts that are drawn. rollouts: what the method may allocate among them.
+        max_tokens: token limit of a rollout.
+        cut: the token limit is the budget's, not the protocol's: such rollouts never train.
+        probe: rollouts a prompt that fit on top, for a charged probe; 0 where the draw has to do without.
+    """
 
     prompts: int
     rollouts: int
     max_tokens: int
-    cut: bool = False  # the token limit is the budget's, not the protocol's: such rollouts never train
+    cut: bool = False
+    probe: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,9 +119,16 @@ class Budget:
         """Amount left after `spent`, both in the budget's currency."""
         return self.amount - spent
 
-    def admit(self, remaining: int, prompts: int, group: int, max_tokens: int) -> Admission:
-        """The largest part of ``prompts * group`` rollouts whose worst case fits `remaining` (> 0)."""
+    def admit(self, remaining: int, prompts: int, group: int, max_tokens: int, probe: int = 0) -> Admission:
+        """The largest part of ``prompts * group`` rollouts whose worst case fits `remaining` (> 0).
+
+        With `probe` rollouts a prompt ahead of them, as many prompts as fit with both; where not even one does, the
+        probe is left out.
+        """
         worst = max_tokens if self.currency == "tokens_generated" else 1
+        whole = min(remaining // (worst * (group + probe)), prompts)
+        if probe and whole:
+            return Admission(whole, whole * group, max_tokens, probe=probe)
         affordable = min(remaining // worst, prompts * group)
         if affordable >= group:
             whole = affordable // group

@@ -1,9 +1,9 @@
 """What a method decides. A method file holds these decisions and nothing else.
 
-One training step asks, in order: `allocate` (how many rollouts each prompt gets), `keep` (which groups train),
-`credit` (one advantage per rollout), `modulate` (one advantage per token), and reads `loss` (clip range, aggregation,
-regularisers) as data. Every decision has the GRPO default, so a method states only what it changes. Decisions are
-pure: they see immutable views and return arrays.
+One training step asks, in order: `probe` (whether to sample before allocating), `allocate` (how many rollouts each
+prompt gets), `keep` (which groups train), `credit` (one advantage per rollout), `modulate` (one advantage per token),
+and reads `loss` (clip range, aggregation, regularisers) as data. Every decision has the GRPO default, so a method
+states only what it changes. Decisions are pure: they see immutable views and return arrays.
 """
 
 from __future__ import annotations
@@ -107,6 +107,26 @@ class TokenCredit:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Rollouts of every prompt that are drawn and verified before `allocate`, which reads their outcome.
+
+    They have a random stream of their own, never train and do not enter the prompts' history.
+
+    Attributes:
+        rollouts: how many of every prompt of the draw, >= 1.
+        charged: they count against the budget, as pre-sampling has to; ``False`` is an oracle, for controls: its
+            rollouts are recorded in an account of their own, which the report names.
+    """
+
+    rollouts: int
+    charged: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rollouts < 1:
+            raise ValueError(f"a probe of {self.rollouts} rollouts: at least 1")
+
+
+@dataclass(frozen=True)
 class Method:
     """GRPO's decisions with uniform allocation; subclasses override what they change.
 
@@ -130,6 +150,11 @@ class Method:
     @property
     def half_life(self) -> float | None:
         """Visits after which a remembered outcome counts half; ``None`` remembers everything."""
+        return None
+
+    @property
+    def probe(self) -> Probe | None:
+        """Pre-sampling that `allocate` needs (``history.probe_successes`` of ``history.probe_trials``), or ``None``."""
         return None
 
     def allocate(self, history: HistoryView, budget: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -221,6 +221,7 @@ def result_points(cell: Cell) -> list[Point]:
     values |= {f"cost/{name}": spent[name] for name in ("device_seconds", "verifier_seconds") if name in spent}
     values |= {"time/wall_seconds": result.get("wall_seconds"), "cost/overshoot": result.get("overshoot")}
     values["cost/evaluation_tokens"] = result.get("evaluation_tokens")
+    values["cost/oracle_tokens"] = result.get("oracle", {}).get("tokens_generated")
     return _points(values, int(spent[cell.currency]))
 
 

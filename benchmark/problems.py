@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ from typing import Any
 from benchmark import streams
 from benchmark.config import MixComponent, TaskConfig
 from benchmark.errors import InputError
+from benchmark.verifier import Verifier
 
 HELD_OUT = 0.25  # share of all problem texts that only evaluation may use
 PATIENCE = 200  # draws per wanted item before a component counts as exhausted
+GOLD_WORKERS = min(4, os.cpu_count() or 1)  # processes that read the answers of a file
+GOLD_TIMEOUT_S = 10.0  # patient: a busy machine must not make a good file look bad
 
 
 @dataclass(frozen=True)
@@ -145,15 +149,16 @@ def shares(weights: list[float], count: int) -> list[int]:
     return whole
 
 
-def load_jsonl(path: Path, family: str) -> list[Item]:
+def load_jsonl(path: Path, family: str, verifier: Verifier) -> list[Item]:
     """Problems of a JSONL file with the fields id, problem and answer.
 
     Raises:
-        InputError: missing file, malformed line, missing or empty field, repeated id; with file and line.
+        InputError: missing file, malformed line, missing or empty field, repeated id, or an answer that `verifier`
+            cannot read; with file and line.
     """
     if not path.is_file():
         raise InputError("no such data file", file=path, remedy="Give the path of a JSONL file")
-    items: list[Item] = []
+    items: dict[int, Item] = {}
     seen: set[str] = set()
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -161,10 +166,25 @@ def load_jsonl(path: Path, family: str) -> list[Item]:
         raise InputError(f"is not UTF-8 ({error.reason})", file=path, remedy="Save it as UTF-8") from error
     for number, line in enumerate(lines, 1):
         if line.strip():
-            items.append(_item(line, path, number, family, seen))
+            items[number] = _item(line, path, number, family, seen)
     if not items:
         raise InputError("holds no problems", file=path, remedy="Add lines with id, problem and answer")
-    return items
+    _check_golds(path, items, verifier)
+    return list(items.values())
+
+
+def _check_golds(path: Path, items: dict[int, Item], verifier: Verifier) -> None:
+    """Refuse answers by line that, given as a response, would not count as correct: no rollout could earn a reward."""
+    lines = list(items)
+    bad = [lines[place] for place in verifier.check_golds([item.answer for item in items.values()])]
+    if not bad:
+        return
+    what, remedy = "not an answer that math-verify reads", "Mend the answer or delete the line"
+    if verifier.answer_form == "integer":
+        what, remedy = "not an integer", f"{remedy}, or set task.answer_form to any"
+    also = f" (nor is that of {len(bad) - 1} more, first line {bad[1]})" if bad[1:] else ""
+    value = items[bad[0]].answer
+    raise InputError(f"{what}{also}", file=path, line=bad[0], key="answer", value=value, remedy=remedy)
 
 
 def _item(line: str, path: Path, number: int, family: str, seen: set[str]) -> Item:
@@ -206,11 +226,14 @@ def load_task(config: TaskConfig) -> tuple[list[Item], list[Item]]:
     """Training pool and evaluation items of a task, disjoint.
 
     Raises:
-        InputError: unreadable or overlapping data, or a family with too few problems.
+        InputError: unreadable or overlapping data, an answer that cannot be verified, or a family with too few
+            problems.
     """
     if config.train_file is not None:
-        train = load_jsonl(Path(config.train_file), "train")
-        evaluation = [item for name, file in config.eval_files.items() for item in load_jsonl(Path(file), name)]
+        with Verifier(GOLD_WORKERS, GOLD_TIMEOUT_S, config.answer_form) as verifier:
+            train = load_jsonl(Path(config.train_file), "train", verifier)
+            files = config.eval_files.items()
+            evaluation = [item for name, file in files for item in load_jsonl(Path(file), name, verifier)]
     else:
         taken: set[str] = set()
         counts = shares([part.weight for part in config.mix], config.train_items)

@@ -23,7 +23,7 @@ from benchmark.evaluation import Evaluator
 from benchmark.groups import segment_sum
 from benchmark.history import PromptHistory
 from benchmark.jsonl import append_rows, atomic_write_json, atomic_write_text
-from benchmark.ledger import Budget, Ledger, Prices
+from benchmark.ledger import UNCHARGED_PHASES, Budget, Ledger, Prices
 from benchmark.policy import Policy, prepare_machine
 from benchmark.problems import load_task
 from benchmark.update import Updater, make_optimiser
@@ -270,7 +270,7 @@ class Run:
 
     def _finish(self) -> None:
         config, spent = self.config, self.ledger.spent
-        training = sum(value for phase, value in self.seconds.items() if phase != "evaluate")
+        training = sum(value for phase, value in self.seconds.items() if phase not in UNCHARGED_PHASES)
         self.policy.save(self.out / "policy")
         self.report("done", f"{self.step} steps")
         result: dict[str, Any] = {
@@ -286,6 +286,7 @@ class Run:
             "steps": self.step,
             "drawn": self.ledger.drawn,
             "evaluation_tokens": self.ledger.evaluated["tokens_generated"],
+            "oracle": self.ledger.oracle,
             "seconds": self.seconds,
             "wall_seconds": self.elapsed + time.time() - self.started,
             "device": self.clock.device.type,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from benchmark.collect import Batch
 from benchmark.config import OptimiserConfig
 from benchmark.ledger import Ledger, Prices
 from benchmark.losses import policy_loss, token_weights
-from benchmark.method import Method, TokenCredit, Tokens
+from benchmark.method import Loss, Method, TokenCredit, Tokens
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts
 from benchmark.scoring import TokenStatistics, score
@@ -101,24 +102,19 @@ class Updater:
     def _minibatch(self, step: int, part: Rollouts, advantage: Tensor, max_tokens: int, metrics: Averages) -> None:
         pieces = self._split(part)
         rollout = torch.repeat_interleave(torch.arange(len(part), device=part.tokens.device), part.length)
-        statistics: TokenStatistics | None = None
-        if len(pieces) == 1:
-            with self.clock.phase("forward"):
-                statistics = score(self.policy.fused(), part, temperature=self.temperature)
-            seen = statistics
-        else:
-            seen = self._statistics(step, part, pieces)
-        tokens = self._tokens(step, part, advantage[rollout], rollout, seen)
-        credit = self.method.modulate(tokens)
+        advantage = advantage[rollout]
+        credit = TokenCredit(advantage)
+        # A minibatch of one piece is scored once, for the method's eyes and for its gradient.
+        ready = [self._score(part)] if len(pieces) == 1 else []
+        if self.method.modulates:
+            seen = _join(ready or self._score_ahead(step, part, pieces))
+            credit = self.method.modulate(self._tokens(step, part, advantage, rollout, seen))
         weights = token_weights(part, self.method.loss, max_tokens, credit.mask)
         self.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=part.tokens.device)
+        scored: list[TokenStatistics] = []
         for rows, begin, end in pieces:
-            if statistics is None:
-                with self.clock.phase("forward"):
-                    piece = score(self.policy.fused(), rows, temperature=self.temperature)
-            else:
-                piece = statistics
+            piece = ready.pop() if ready else self._score(rows)
             here = slice(begin, end)
             local = TokenCredit(
                 credit.advantage[here],
@@ -131,31 +127,29 @@ class Updater:
             with self.clock.phase("backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+            scored.append(_join([piece]))
         self._step(step, total, metrics)
-        _observe(tokens, credit, metrics)
+        _observe(_join(scored), part.log_prob, advantage, credit, self.method.loss, metrics)
 
-    def _statistics(self, step: int, part: Rollouts, pieces: list[tuple[Rollouts, int, int]]) -> TokenStatistics:
-        """Statistics of a minibatch too large for one pass, before its gradients: methods see all of it at once.
+    def _score(self, rows: Rollouts) -> TokenStatistics:
+        with self.clock.phase("forward"):
+            return score(self.policy.fused(), rows, temperature=self.temperature)
 
-        A method that does not modulate needs none; it gets the rollout policy's log-probabilities for its metrics.
-        """
-        if not self.method.modulates:
-            zero = torch.zeros_like(part.log_prob)
-            return TokenStatistics(part.log_prob, zero, zero, zero)
-        with torch.no_grad(), self.clock.phase("forward"):
-            parts = [score(self.policy.fused(), rows, temperature=self.temperature) for rows, _, _ in pieces]
+    def _score_ahead(self, step: int, part: Rollouts, pieces: list[tuple[Rollouts, int, int]]) -> list[TokenStatistics]:
+        """Statistics of a minibatch too large for one pass, before its gradients: methods see all of it at once."""
+        with torch.no_grad():
+            parts = [self._score(rows) for rows, _, _ in pieces]
         read = len(part.tokens) + int(part.prompt_length.sum())
         self.ledger.charge(step, "score", tokens_scored=len(part.tokens), flops=self.prices.forward(read))
-        names = ("log_prob", "entropy", "sum_p2", "sum_p2_log_p")
-        return TokenStatistics(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
+        return parts
 
     def _tokens(self, step: int, part: Rollouts, advantage: Tensor, rollout: Tensor, seen: TokenStatistics) -> Tokens:
         draws = streams.generator(self.seed, "token", step, self.updates).random(len(part.tokens))
         return Tokens(
             advantage,
-            seen.log_prob.detach(),
+            seen.log_prob,
             part.log_prob,
-            seen.entropy.detach(),
+            seen.entropy,
             seen.sum_p2,
             seen.sum_p2_log_p,
             rollout,
@@ -200,20 +194,25 @@ class Updater:
         metrics.add("optim/learning_rate", torch.tensor(self.config.learning_rate * warm))
 
 
-def _observe(tokens: Tokens, credit: TokenCredit, metrics: Averages) -> None:
-    """Policy and modulation metrics of one update, token-weighted."""
-    count = float(len(tokens.advantage))
-    ratio = tokens.ratio
-    metrics.add("policy/entropy_nats", tokens.entropy.mean(), count)
-    metrics.add("policy/kl_old_nats", (ratio - 1 - (tokens.log_prob - tokens.old_log_prob)).mean(), count)
+def _join(parts: Sequence[TokenStatistics]) -> TokenStatistics:
+    """The statistics of consecutive pieces as one, detached."""
+    columns = ([getattr(part, field.name).detach() for part in parts] for field in fields(TokenStatistics))
+    return TokenStatistics(*map(torch.cat, columns))
+
+
+def _observe(
+    seen: TokenStatistics, old_log_prob: Tensor, advantage: Tensor, credit: TokenCredit, loss: Loss, metrics: Averages
+) -> None:
+    """Policy and modulation metrics of one update, token-weighted, as its gradient saw them."""
+    count = float(len(advantage))
+    change = seen.log_prob - old_log_prob
+    ratio = change.exp()
+    metrics.add("policy/entropy_nats", seen.entropy.mean(), count)
+    metrics.add("policy/kl_old_nats", (ratio - 1 - change).mean(), count)
     metrics.maximum("policy/ratio_max", ratio.max())
-    loss, advantage = tokens.loss, credit.advantage
-    metrics.add("policy/clip_high_fraction", ((advantage > 0) & (ratio > 1 + loss.clip_high)).float().mean(), count)
-    metrics.add("policy/clip_low_fraction", ((advantage < 0) & (ratio < 1 - loss.clip_low)).float().mean(), count)
-    active = tokens.advantage != 0
-    factor = torch.where(active, credit.advantage / torch.where(active, tokens.advantage, 1.0), 1.0)
-    metrics.add(
-        "modulation/factor_mean",
-        factor.sum() / active.sum().clamp(min=1) if bool(active.any()) else factor.mean(),
-        count,
-    )
+    given = credit.advantage
+    metrics.add("policy/clip_high_fraction", ((given > 0) & (ratio > 1 + loss.clip_high)).float().mean(), count)
+    metrics.add("policy/clip_low_fraction", ((given < 0) & (ratio < 1 - loss.clip_low)).float().mean(), count)
+    active = advantage != 0
+    if bool(active.any()):
+        metrics.add("modulation/factor_mean", (given[active] / advantage[active]).mean(), float(active.sum()))

@@ -140,6 +140,33 @@ def test_run_hands_over_what_was_asked(training: list[RunConfig], tmp_path: Path
     assert training[0].method.params == {"allocation": {"n_low": 2}}
 
 
+def test_a_run_on_a_file_with_an_unusable_answer_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch
+
+    from benchmark.config import ArchitectureConfig
+    from benchmark.warmup import new_policy
+
+    # Its settings are the process's, and would reach the tests that come after.
+    monkeypatch.setattr("benchmark.run.prepare_machine", lambda: torch.device("cpu"))
+    new_policy(ArchitectureConfig(hidden_size=16, layers=1, heads=2, kv_heads=1, mlp=24), seed=0).save(
+        tmp_path / "policy"
+    )
+    for name, answers in (("train", ["2", r"\frac{1}{2", "7"]), ("eval", ["3"])):
+        rows = [{"id": f"{name}/{i}", "problem": f"{name} {i}?", "answer": a} for i, a in enumerate(answers)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"train_file": str(tmp_path / "train.jsonl"), "eval_files": {"mine": str(tmp_path / "eval.jsonl")}}
+    task = tmp_path / "mine.yaml"
+    task.write_text(json.dumps({"task": {"name": "mine", "answer_form": "any", **files}}))
+    policy = f"policy.path={tmp_path / 'policy'}"
+    result = call("run", "grpo", "--scale", "smoke", "--task", task, "--set", policy, "--out", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'train.jsonl'}:2: answer = ")
+    assert "Mend the answer or delete the line" in line
+
+
 def test_a_finished_run_is_not_run_again(training: list[RunConfig], tmp_path: Path) -> None:
     assert call("run", "grpo", "--out", tmp_path / "a").exit_code == 0
     assert call("run", "grpo", "--out", tmp_path / "a").exit_code == 0
@@ -259,15 +286,17 @@ def test_report_and_mirror_act_on_a_study_folder(monkeypatch: pytest.MonkeyPatch
             return False
 
     monkeypatch.setitem(sys.modules, "benchmark.mirror", Stub("benchmark.mirror", Mirror=Mirror))
-    written = Stub("analysis.report", write_report=lambda folder: calls.append(("report", str(folder))))
+    written = Stub("analysis.report", write_report=lambda *given: calls.append(("report", *map(str, given))))
     monkeypatch.setitem(sys.modules, "analysis.report", written)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert call("report", tmp_path).exit_code == 0
+    assert call("report", tmp_path, "--readme", "README.md").exit_code == 0
     assert call("mirror", tmp_path).exit_code == 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://store")
     assert call("mirror", "--rebuild", tmp_path).exit_code == 1
     assert calls == [
-        ("report", str(tmp_path)),
+        ("report", str(tmp_path), "None"),
+        ("report", str(tmp_path), "README.md"),
         ("sqlite:///mlflow.db", str(tmp_path), "main_table"),
         ("close",),
         ("http://store", str(tmp_path), "main_table"),

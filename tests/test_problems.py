@@ -15,6 +15,7 @@ from benchmark.config import MixComponent, TaskConfig
 from benchmark.errors import InputError
 from benchmark.problems import Item, candidates, check_disjoint, digest, held_out, load_jsonl, load_task, shares
 from benchmark.solutions import STYLES, linear_sides, worked_solution
+from benchmark.verifier import Verifier
 from benchmark.vocabulary import CHARACTERS, WORDS, build_tokenizer
 
 MIX: list[dict[str, Any]] = [
@@ -143,20 +144,20 @@ def test_errors_in_data_name_file_and_line(tmp_path: Path, bad: str, message: st
     file = tmp_path / "train.jsonl"
     file.write_text(f"{json.dumps(GOOD)}\n\n{bad}\n", encoding="utf-8")
     with pytest.raises(InputError, match=message) as caught:
-        load_jsonl(file, "train")
+        load_jsonl(file, "train", Verifier())
     assert (caught.value.file, caught.value.line) == (file, 3)
     assert f"{file}:3: " in str(caught.value)
 
 
 def test_missing_empty_and_undecodable_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such data file"):
-        load_jsonl(tmp_path / "none.jsonl", "train")
+        load_jsonl(tmp_path / "none.jsonl", "train", Verifier())
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(InputError, match="holds no problems"):
-        load_jsonl(tmp_path / "empty.jsonl", "train")
+        load_jsonl(tmp_path / "empty.jsonl", "train", Verifier())
     (tmp_path / "latin.jsonl").write_bytes(b'{"id":"\xe9"}')
     with pytest.raises(InputError, match="not UTF-8"):
-        load_jsonl(tmp_path / "latin.jsonl", "train")
+        load_jsonl(tmp_path / "latin.jsonl", "train", Verifier())
 
 
 def test_files_that_overlap_are_refused(tmp_path: Path) -> None:

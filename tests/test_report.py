@@ -156,6 +156,17 @@ def test_a_damaged_variance_record_is_refused(study: Path, tmp_path: Path) -> No
             write_report(folder)
 
 
+def test_a_variance_of_another_configuration_is_left_out_and_named(study: Path, tmp_path: Path, quick: None) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(study, folder)
+    for plan_hash, shown in (("grpo", True), ("older", False)):  # the made-up plan hash is the arm's name
+        (folder / "gradient_variance.json").write_text(json.dumps(VARIANCE | {"plan_hash": plan_hash}))
+        text = write_report(folder).read_text()
+        assert ("## Gradient variance" in text) == shown
+        assert ("measured for another configuration" in text) != shown
+        assert (folder / "tables" / "gradient_variance.csv").exists() == shown
+
+
 def test_missing_and_failed_cells_come_first_and_count_nowhere(made: ModuleType, tmp_path: Path, quick: None) -> None:
     unfinished = {("rloo", 0): "failed", ("dynamo", 1): "missing", ("w_reinforce", 0): "missing"}
     small = recipe(
@@ -183,8 +194,20 @@ def test_one_seed_decides_nothing_and_says_so(made: ModuleType, tmp_path: Path, 
     folder = made.make_study(tmp_path / "one", recipe(made, seeds=(0,), points=3, steps=4))
     text = write_report(folder).read_text()
     assert "There is one seed" in text
+    assert "4 arms, 1 seed, " in text
+    assert re.findall(r"\b1 (?:seeds|arms|runs|claims|cells|problems|samples|families)\b", text) == []
     assert "over problems only, since there is one seed" in text
     assert set(answers(text).values()) == {"inconclusive"}
+
+
+def test_arms_that_share_too_few_seeds_with_the_reference_are_named(
+    made: ModuleType, tmp_path: Path, quick: None
+) -> None:
+    unfinished = {("grpo", 0): "missing", ("dynamo", 1): "interrupted"}
+    folder = made.make_study(tmp_path / "few", recipe(made, seeds=(0, 1), points=3, steps=4, unfinished=unfinished))
+    text = write_report(folder).read_text()
+    assert "- dynamo: 0 seeds shared with grpo, so no difference is shown.\n" in text
+    assert "- rloo, w_reinforce: 1 seed shared with grpo, so the intervals of the difference are over" in text
 
 
 def test_without_its_reference_a_study_still_has_a_report(made: ModuleType, tmp_path: Path, quick: None) -> None:

@@ -166,6 +166,15 @@ def test_quantities_resampled_together_equal_those_resampled_alone() -> None:
         np.testing.assert_allclose(together.high[place], alone.high)
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("value", [0.01, 0.1, 1 / 3])
+def test_equal_differences_have_no_spread_whatever_rounding_says(seeds: int, value: float) -> None:
+    for items in range(2, 40):
+        found = spread(np.full((seeds, items), value), ["sums"] * items)
+        assert 0 <= found.error < 1e-8
+        assert 0 <= found.item_error < 1e-8
+
+
 def test_spread_finds_the_components_that_were_put_in() -> None:
     rng = np.random.default_rng(4)
     found = [spread(study(rng, 8, between_seeds=0.02, between_items=0.1), FAMILIES) for _ in range(400)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmark import verifier_pool
 from benchmark.config import MixComponent, TaskConfig
 from benchmark.errors import InputError
 from benchmark.problems import (
@@ -27,6 +29,7 @@ from benchmark.problems import (
     shares,
 )
 from benchmark.solutions import STYLES, worked_solution
+from benchmark.verifier import Verifier
 from benchmark.vocabulary import build_tokenizer
 
 SUM = MixComponent(family="chain_sum", name="sum", num_terms=(2, 5), num_digits=(1, 2))
@@ -129,21 +132,28 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[Verifier]:
+    with Verifier(timeout_s=20.0) as made:
+        yield made
+
+
 GOOD = {"id": "set/1", "problem": "What is 1+1?", "answer": "2", "source": "x", "level": None}
 
 
-def test_a_file_is_read_in_order(tmp_path: Path) -> None:
+def test_a_file_is_read_in_order(tmp_path: Path, verifier: Verifier) -> None:
     path = write(tmp_path / "a.jsonl", GOOD, "", {**GOOD, "id": "set/2", "answer": r"\frac{1}{2}"})
-    assert load_jsonl(path, "set") == [
+    assert load_jsonl(path, "set", verifier) == [
         Item("set/1", "set", "What is 1+1?", "2"),
         Item("set/2", "set", "What is 1+1?", r"\frac{1}{2}"),
     ]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
-def test_only_a_newline_ends_a_row(separator: str, tmp_path: Path) -> None:
+def test_only_a_newline_ends_a_row(separator: str, tmp_path: Path, verifier: Verifier) -> None:
     text = f"two{separator}lines"
-    assert load_jsonl(write(tmp_path / "a.jsonl", {**GOOD, "problem": text}), "set")[0].prompt == text
+    path = write(tmp_path / "a.jsonl", {**GOOD, "problem": text})
+    assert load_jsonl(path, "set", verifier)[0].prompt == text
 
 
 @pytest.mark.parametrize(
@@ -158,31 +168,71 @@ def test_only_a_newline_ends_a_row(separator: str, tmp_path: Path) -> None:
         (GOOD, "id"),
     ],
 )
-def test_faults_name_file_and_line(row: Any, what: str, tmp_path: Path) -> None:
+def test_faults_name_file_and_line(row: Any, what: str, tmp_path: Path, verifier: Verifier) -> None:
     path = write(tmp_path / "a.jsonl", GOOD, row)
     with pytest.raises(InputError, match=what) as caught:
-        load_jsonl(path, "set")
+        load_jsonl(path, "set", verifier)
     assert caught.value.line == 2
     assert str(caught.value).startswith(f"{path}:2: ")
 
 
-def test_files_without_problems_are_refused(tmp_path: Path) -> None:
+def test_files_without_problems_are_refused(tmp_path: Path, verifier: Verifier) -> None:
     with pytest.raises(InputError, match="no such"):
-        load_jsonl(tmp_path / "none.jsonl", "set")
+        load_jsonl(tmp_path / "none.jsonl", "set", verifier)
     with pytest.raises(InputError, match="no problems"):
-        load_jsonl(write(tmp_path / "empty.jsonl"), "set")
+        load_jsonl(write(tmp_path / "empty.jsonl"), "set", verifier)
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}\n')
     with pytest.raises(InputError, match="UTF-8"):
-        load_jsonl(tmp_path / "latin.jsonl", "set")
+        load_jsonl(tmp_path / "latin.jsonl", "set", verifier)
 
 
-def test_training_on_an_evaluation_problem_is_refused(tmp_path: Path) -> None:
+def test_training_on_an_evaluation_problem_is_refused(tmp_path: Path, verifier: Verifier) -> None:
     train = write(tmp_path / "train.jsonl", GOOD, {**GOOD, "id": "set/2", "problem": "What is 2+2?"})
     evaluation = write(tmp_path / "eval.jsonl", {**GOOD, "id": "other/1", "problem": "What is 2+2?"})
     task = TaskConfig(name="files", train_file=str(train), eval_files={"other": str(evaluation)})
     with pytest.raises(InputError, match="set/2"):
         load_task(task)
-    check_disjoint(load_jsonl(train, "train")[:1], load_jsonl(evaluation, "other"))
+    check_disjoint(load_jsonl(train, "train", verifier)[:1], load_jsonl(evaluation, "other", verifier))
+
+
+def test_an_answer_that_nothing_can_equal_is_refused_by_line(tmp_path: Path, verifier: Verifier) -> None:
+    fine = [
+        {**GOOD, "id": f"set/{i}", "answer": a} for i, a in enumerate([r"\frac{1}{2}", "$x+1$", r"\{1, 2\}", "-3/4"])
+    ]
+    assert len(load_jsonl(write(tmp_path / "fine.jsonl", *fine), "set", verifier)) == 4
+    cut = {**GOOD, "id": "set/8", "answer": r"\frac{1}{2"}
+    path = write(tmp_path / "cut.jsonl", *fine, "", cut, {**cut, "id": "set/9"}, {**GOOD, "id": "set/10"})
+    with pytest.raises(InputError, match=r"math-verify reads \(nor is that of 1 more, first line 7\)\. Mend") as caught:
+        load_jsonl(path, "set", verifier)
+    fault = caught.value
+    assert (fault.file, fault.line, fault.key, fault.value) == (path, 6, "answer", r"\frac{1}{2")
+    assert len(str(fault).splitlines()) == 1
+
+
+def test_a_task_of_integers_refuses_other_answers_and_starts_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object) -> None:
+        raise AssertionError("a child process was started")
+
+    monkeypatch.setattr(verifier_pool, "_Worker", started)
+    train = write(tmp_path / "train.jsonl", GOOD, {**GOOD, "id": "set/2", "problem": "Half?", "answer": "1/2"})
+    evaluation = write(tmp_path / "eval.jsonl", {**GOOD, "problem": "What is 2+2?", "answer": "4"})
+    files = {"name": "files", "train_file": str(train), "eval_files": {"other": str(evaluation)}}
+    with pytest.raises(
+        InputError, match=r"train\.jsonl:2: answer = '1/2': not an integer\. .*task\.answer_form to any"
+    ):
+        load_task(TaskConfig.model_validate(files))
+    write(train, GOOD)
+    assert [item.answer for part in load_task(TaskConfig.model_validate(files)) for item in part] == ["2", "4"]
+
+
+def test_the_answers_of_evaluation_files_are_checked_too(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", GOOD)
+    evaluation = write(tmp_path / "eval.jsonl", {**GOOD, "problem": "Half?", "answer": "}{"})
+    task = TaskConfig(name="files", train_file=str(train), eval_files={"other": str(evaluation)}, answer_form="any")
+    with pytest.raises(InputError, match=r"eval\.jsonl:1: answer = '\}\{': "):
+        load_task(task)
 
 
 # --- worked solutions -----------------------------------------------------------------------------------------

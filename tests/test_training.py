@@ -142,7 +142,7 @@ def test_every_arm_spends_exactly_its_budget_and_accounts_for_all_of_it(
     assert result["spent"][currency] == amount
     assert result["overshoot"] == 0
     ledger = rows(out, "ledger.jsonl")
-    training = [row for row in ledger if row["event"] != "evaluation"]
+    training = [row for row in ledger if row["event"] not in ("evaluation", "oracle")]
     for name in CURRENCIES:
         assert sum(row[name] for row in training) == result["spent"][name]
     assert sum(result["drawn"].values()) == result["spent"]["rollouts"]
@@ -150,9 +150,8 @@ def test_every_arm_spends_exactly_its_budget_and_accounts_for_all_of_it(
         assert sum(row["rollouts"] for row in training if row["fate"] == fate) == count
     trained = sum(row["tokens_generated"] for row in training if row["fate"] == "trained")
     assert result["spent"]["tokens_backpropagated"] == trained
-    assert sum(row["tokens_generated"] for row in ledger) == amount + result["evaluation_tokens"] or (
-        currency == "rollouts"
-    )
+    apart = result["evaluation_tokens"] + result["oracle"]["tokens_generated"]
+    assert sum(row["tokens_generated"] for row in ledger) == amount + apart or currency == "rollouts"
     if arm == "dapo":
         assert result["drawn"]["filtered"] > 0
     else:
