@@ -26,6 +26,10 @@ MEASURED = ("device_seconds", "verifier_seconds")
 _DEFAULT_KS = (1, 8, 32)
 
 
+PLANNED = ("study", "primary_metric", "primary_currency", "families", "arms", "seeds", "reference", "cells")
+"""Keys of ``plan.json`` that no report can do without."""
+
+
 @dataclass(frozen=True)
 class Study:
     """A study's plan and what its cells recorded.
@@ -143,6 +147,12 @@ def load_study(folder: Path) -> Study:
     plan = read_json(folder / "plan.json")
     if plan is None:
         raise InputError("no plan.json", file=folder, remedy="Name the results folder of a study")
+    absent = [key for key in PLANNED if key not in plan]
+    if absent:
+        what = "is not the plan of a study"
+        raise InputError(
+            what, file=folder / "plan.json", key=absent[0], remedy="Run the study: it writes its plan anew"
+        )
     records = [_read_cell(folder, plan, planned) for planned in plan["cells"]]
     _require_same_items(records)
     done = [record for record in records if record.row["state"] == "done"]

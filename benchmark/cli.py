@@ -171,9 +171,9 @@ def warmup(scale: Scale = "small", task: Task = None, options: Set = None) -> No
 
     _one_thread()
     config = compose_run("grpo", scale=scale, task=task, options=options or [])
-    from benchmark.warmup import ensure_policy
+    from benchmark.study import warm_up
 
-    typer.echo(ensure_policy(config))
+    typer.echo(warm_up(config))
 
 
 @app.command()

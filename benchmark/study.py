@@ -226,13 +226,21 @@ def _warm_up(configs: Sequence[RunConfig], prepare: Callable[[RunConfig], object
     """Make each distinct starting policy once, before workers would all make it at the same time."""
     distinct = {digest({"policy": c.policy.model_dump(), "task": c.task.model_dump()}): c for c in configs}
     for config in distinct.values():
-        (prepare or _ensure_policy)(config)
+        (prepare or warm_up)(config)
 
 
-def _ensure_policy(config: RunConfig) -> None:
+def warm_up(config: RunConfig) -> str | Path:
+    """Path of the policy before RL, made here behind a progress bar where it is missing.
+
+    Raises:
+        InputError: the task has nothing to warm up on.
+    """
     from benchmark.warmup import ensure_policy  # torch
 
-    ensure_policy(config)
+    with Display() as display:
+        return ensure_policy(
+            config, lambda step, steps, loss: display.update(Bar("warm-up", step, steps, "steps", f"loss {loss:.2f}"))
+        )
 
 
 @contextlib.contextmanager

@@ -16,6 +16,18 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
+def bounds(prompts: int, budget: int, n_low: int | None, n_high: int | None) -> tuple[int, int]:
+    """Bounds (lo, hi) per prompt with prompts * lo <= budget <= prompts * hi.
+
+    ``None`` is half and one and a half times the mean (the published 8 and 24 of 16). Where a batch is smaller than
+    the bounds allow, they widen to the mean.
+    """
+    mean = budget / prompts
+    low = int(mean / 2) if n_low is None else n_low
+    high = int(np.ceil(1.5 * mean)) if n_high is None else n_high
+    return min(low, int(mean)), max(high, int(np.ceil(mean)))
+
+
 def min_variance_allocation(s: ArrayLike, budget: int, n_low: ArrayLike, n_high: ArrayLike) -> Ints:
     """Integer allocation that minimises sum s_i^2 / n_i.
 

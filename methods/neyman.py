@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import gammaln
 
 from benchmark.history import HistoryView
-from methods.allocation import Floats, Ints, min_variance_allocation
+from methods.allocation import Floats, Ints, bounds, min_variance_allocation
 
 
 def expected_deviation(a: Floats, b: Floats) -> Floats:
@@ -31,8 +31,7 @@ class NeymanAllocation:
 
     Attributes:
         enabled: off gives every prompt the same number.
-        n_low, n_high: bounds per prompt; ``None`` is half and one and a half times the mean (the published 8 and 24
-            of 16). Where a batch is smaller than the bounds allow, they widen to the mean.
+        n_low, n_high: bounds per prompt; see `methods.allocation.bounds`.
         prior: Beta(a, b) prior of a prompt's success rate.
         half_life: visits after which an outcome counts half, since the policy moves.
     """
@@ -51,10 +50,7 @@ class NeymanAllocation:
 
     def bounds(self, prompts: int, budget: int) -> tuple[int, int]:
         """Bounds (lo, hi) with prompts * lo <= budget <= prompts * hi."""
-        mean = budget / prompts
-        low = int(mean / 2) if self.n_low is None else self.n_low
-        high = int(np.ceil(1.5 * mean)) if self.n_high is None else self.n_high
-        return min(low, int(mean)), max(high, int(np.ceil(mean)))
+        return bounds(prompts, budget, self.n_low, self.n_high)
 
     def __call__(self, history: HistoryView, budget: int) -> Ints:
         """Rollouts per prompt, (P,) int64, summing to `budget`."""

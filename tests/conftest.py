@@ -1,4 +1,4 @@
-"""Every test runs on one thread and without a network."""
+"""Every test runs on one thread, without a network, and on a processor in its usual state."""
 
 from __future__ import annotations
 
@@ -53,3 +53,12 @@ def _offline_and_single_threaded() -> Iterator[None]:
         patch.setattr(socket.socket, name, guarded)
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _denormals_restored() -> Iterator[None]:
+    """A run flushes denormals to zero for its whole process; the next test must not notice."""
+    import torch
+
+    yield
+    torch.set_flush_denormal(False)

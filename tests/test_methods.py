@@ -37,6 +37,8 @@ CREDIT = {
     "dynamo_modulation": GRPO,
     "dynamo_compensation": GRPO,
     "dynamo_stabilisation": GRPO,
+    "dynamo_readme": GRPO,
+    "dynamo_released": GRPO,
     "dr_grpo": [0.75, -0.25, -0.25, -0.25, *DEAD],
     # r minus the mean of the others: 1 - 0, 0 - 1/3
     "rloo": [1.0, -1 / 3, -1 / 3, -1 / 3, *DEAD],
@@ -96,7 +98,11 @@ LOSSES = {
 @pytest.mark.parametrize("name", CREDIT)
 def test_losses_differ_from_the_reference_in_what_the_arm_says(name: str) -> None:
     method = registry.build(name, {})
-    if name.startswith("dynamo"):  # harmless where the allocation is uniform
+    if name == "dynamo_readme":
+        assert method.loss == Loss()
+    elif name == "dynamo_released":
+        assert method.loss == Loss(clip_high=0.28)
+    elif name.startswith("dynamo"):  # harmless where the allocation is uniform
         assert method.loss == Loss(prompt_weight="equal")
     else:
         assert method.loss == LOSSES.get(name, Loss())
@@ -277,8 +283,11 @@ def test_only_dynamos_allocation_is_not_uniform(name: str) -> None:
     n = method.allocate(seen, 33, np.random.default_rng(0))
     assert n.dtype == np.int64
     assert n.sum() == 33
-    if name in ("dynamo", "dynamo_allocation"):
+    if name in ("dynamo", "dynamo_allocation", "dynamo_readme"):
         assert n[2] > n[3] > n[0] == n[1]
+    elif name == "dynamo_released":
+        # Floors 4. Of 17 left, 0.49, 0.49, 12.98, 3.04: 1, 0, 13 (room for 9), 3. Of 4 left, 0.49, 0.49, -, 3.03.
+        assert n.tolist() == [6, 4, 13, 10]
     else:
         assert n.tolist() == [9, 8, 8, 8]
 
