@@ -13,6 +13,9 @@ from benchmark.layout import Layout, Tile, layout
 from benchmark.rollouts import Rollouts
 from benchmark.transformer import Weights, feed_forward, project_qkv, rms_norm, rope_tables
 
+LOGITS = 1 << 25
+"""Logits that exist at a time, 128 MiB in float32: 4,096 rows of up to 8,192 words, 220 rows of 150,000."""
+
 
 @dataclass(frozen=True)
 class TokenStatistics:
@@ -85,14 +88,16 @@ class _VocabularyStatistics(torch.autograd.Function):
 
 
 def vocabulary_statistics(
-    hidden: Tensor, head: Tensor, targets: Tensor, *, temperature: float = 1.0, rows: int = 4096
+    hidden: Tensor, head: Tensor, targets: Tensor, *, temperature: float = 1.0, rows: int | None = None
 ) -> TokenStatistics:
     """Statistics of softmax(hidden @ head.T / temperature) at `targets`.
 
     Args:
         hidden: (T, d). head: (V, d). targets: (T,) int64.
-        rows: rows whose logits exist at a time; memory is about 3 * rows * V floats.
+        rows: rows whose logits exist at a time (memory: about 3 * rows * V floats); ``None`` is at most 4,096 and at
+            most `LOGITS` logits.
     """
+    rows = rows or max(1, min(4096, LOGITS // len(head)))
     values = _VocabularyStatistics.apply(hidden, head, targets, temperature, rows)  # type: ignore[no-untyped-call]
     return TokenStatistics(*values)
 

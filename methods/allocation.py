@@ -65,7 +65,9 @@ def min_variance_allocation(s: ArrayLike, budget: int, n_low: ArrayLike, n_high:
 
 def _units(weight: Floats, threshold: float, low: Ints, high: Ints) -> Ints:
     """Rollouts whose gain reaches `threshold`: the largest n with weight >= threshold n (n - 1)."""
-    wanted = np.floor((1 + np.sqrt(1 + 4 * weight / threshold)) / 2)
+    # Weights of very different size: a threshold that underflows lets everything in, as it should.
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        wanted = np.nan_to_num(np.floor((1 + np.sqrt(1 + 4 * weight / threshold)) / 2), nan=0.0)
     return np.clip(np.minimum(wanted, 2.0**62).astype(np.int64), low, high)
 
 

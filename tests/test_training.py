@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from benchmark.config import RunConfig
 from benchmark.jsonl import read_rows
 from benchmark.ledger import CURRENCIES
 from benchmark.run import Interrupted, run_cell
+from benchmark.verdict import Verdict
 from benchmark.warmup import warm_up
 
 DETERMINISTIC = ("ledger.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl")
@@ -264,3 +266,31 @@ def test_the_jth_rollout_of_a_prompt_is_the_same_whatever_its_group_size(
     assert [three[3 * p + j] for p in range(4) for j in range(3)] == [
         five[5 * p + j] for p in range(4) for j in range(3)
     ]
+
+
+def test_every_rollout_is_verified_and_remembered_under_its_own_prompt(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With uneven groups, where the released DynaMO code credits most rollouts to other prompts."""
+    collect, uneven = Collector.collect, []
+
+    def spy(self: Collector, step: int) -> Batch:
+        before = self.history.counts.copy()
+        batch = collect(self, step)
+        right = torch.zeros(len(self.pool.items))
+        for draw in batch.drawn:
+            owners = [draw.prompts[p] for p in draw.rollouts.prompt.tolist()]
+            assert owners == [p for p, n in zip(draw.prompts, draw.counts.tolist(), strict=True) for _ in range(n)]
+            texts = self.policy.decode(draw.rollouts.texts())
+            for owner, text, verdict in zip(owners, texts, draw.verdicts, strict=True):
+                boxed = re.search(r"\\boxed\{(-?\d+)\}$", text)
+                answers = boxed is not None and int(boxed[1]) == int(self.pool.items[owner].answer)
+                assert (verdict is Verdict.CORRECT) == answers
+                right[owner] += (verdict is Verdict.CORRECT) and not draw.cut
+            uneven.append(len(set(draw.counts.tolist())) > 1)
+        assert (self.history.counts - before)[:, 0].tolist() == right.tolist()
+        return batch
+
+    monkeypatch.setattr(Collector, "collect", spy)
+    train("dynamo_released")
+    assert any(uneven)
