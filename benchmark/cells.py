@@ -194,6 +194,13 @@ def owner(folder: Path) -> dict[str, Any] | None:
     return read_json(leases / str(latest))
 
 
+def running(folder: Path, *, stale_after: float = STALE_SECONDS) -> bool:
+    """Whether somebody owns the cell and is alive, as far as this machine can tell."""
+    leases = folder / "lease"
+    current = leases / str(_latest(leases))
+    return owner(folder) is not None and not _stale(current, stale_after)
+
+
 def left_by(folder: Path, pid: int) -> bool:
     """Whether the process `pid` of this machine, now gone, had claimed the cell and never released it."""
     for lease in (folder / "lease").glob("*"):

@@ -196,6 +196,32 @@ def report(
 
 
 @app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's results.")],
+    watch: Annotated[float | None, typer.Option(min=0.1, metavar="SECONDS", help="Show it again and again.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show a study that runs: cells, spend against budget, time left, accuracy so far.
+
+    \b
+    Examples:
+      rolloutbench status results/main_table
+      rolloutbench status results/main_table --watch 5
+    """
+    from rich import print as show
+
+    from benchmark import status as view
+
+    plan = _plan_in(folder)
+    if as_json:
+        typer.echo(json.dumps(view.as_json(view.read_status(folder, plan)), indent=2))
+    elif watch is not None:
+        view.watch(folder, plan, watch)
+    else:
+        show(view.render(view.read_status(folder, plan)))
+
+
+@app.command()
 def mirror(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's results.")],
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Make every MLflow run anew.")] = False,

@@ -1,0 +1,177 @@
+"""`rolloutbench status`: a running study at a glance, from its files alone (any machine that sees them can look)."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Group
+from rich.table import Column, Table
+from rich.text import Text
+
+from benchmark.cells import read_json, running
+from benchmark.jsonl import read_rows
+from benchmark.progress import duration, short
+
+State = Literal["done", "running", "failed", "stopped", "waiting"]
+STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "waiting")
+
+
+@dataclass(frozen=True)
+class CellStatus:
+    """One cell as its files tell.
+
+    Attributes:
+        spent, planned: in the study's primary currency; nothing is planned before the run starts.
+        accuracy: pass@1 of its latest evaluation, mean over problems, or None.
+        final: whether that is its final evaluation.
+        wall_seconds: of a finished run, all its sessions.
+        message: what a running cell says of itself, or why it failed.
+    """
+
+    arm: str
+    seed: int
+    state: State
+    spent: int
+    planned: int | None
+    accuracy: float | None
+    final: bool
+    wall_seconds: float | None
+    message: str
+
+
+@dataclass(frozen=True)
+class StudyStatus:
+    """All cells of a study, at one moment."""
+
+    study: str
+    currency: str
+    cells: tuple[CellStatus, ...]
+
+    @property
+    def counts(self) -> dict[State, int]:
+        """Cells by state, every state named."""
+        found = Counter(cell.state for cell in self.cells)
+        return {state: found[state] for state in STATES}
+
+    @property
+    def planned(self) -> int:
+        """Budget of all cells; cells that have not started count as the mean of those that have."""
+        known = [cell.planned for cell in self.cells if cell.planned is not None]
+        return sum(known) + round((len(self.cells) - len(known)) * sum(known) / len(known)) if known else 0
+
+    @property
+    def spent(self) -> int:
+        """What all cells have spent."""
+        return sum(cell.spent for cell in self.cells)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace of the finished cells, with as many at a time as run now; None before one is finished."""
+        done = [cell for cell in self.cells if cell.state == "done" and cell.wall_seconds]
+        at_once = self.counts["running"]
+        if not done or not at_once:
+            return None
+        pace = sum(cell.spent for cell in done) / sum(cell.wall_seconds or 0.0 for cell in done)
+        return (self.planned - self.spent) / (pace * at_once)
+
+
+def read_status(folder: Path, plan: dict[str, Any]) -> StudyStatus:
+    """The state of every cell that ``plan.json`` in `folder` names."""
+    currency = str(plan["primary_currency"])
+    cells = tuple(_cell(folder / cell["dir"], cell["arm"], cell["seed"], currency) for cell in plan["cells"])
+    return StudyStatus(str(plan["study"]), currency, cells)
+
+
+def _cell(folder: Path, arm: str, seed: int, currency: str) -> CellStatus:
+    progress = read_json(folder / "progress.json") or {}
+    result, failure = read_json(folder / "result.json"), read_json(folder / "failure.json")
+    if result is not None:
+        state: State = "done"
+    elif running(folder):
+        state = "running"
+    elif failure is not None:
+        state = "failed"
+    else:
+        state = "stopped" if progress else "waiting"
+    accuracy, final = _latest_accuracy(folder / "evaluation.jsonl")
+    spent = progress.get("spent", 0) if result is None else result["spent"][currency]
+    return CellStatus(
+        arm,
+        seed,
+        state,
+        int(spent),
+        progress.get("planned"),
+        accuracy,
+        final,
+        None if result is None else result.get("wall_seconds"),
+        str(failure["error"]) if state == "failed" and failure else str(progress.get("message", "")),
+    )
+
+
+def _latest_accuracy(file: Path) -> tuple[float | None, bool]:
+    rows, _ = read_rows(file)
+    if not rows:
+        return None, False
+    latest = [row for row in rows if row.get("point") == rows[-1].get("point")]
+    return sum(row["c"] / row["n"] for row in latest) / len(latest), bool(rows[-1]["final"])
+
+
+def as_json(status: StudyStatus) -> dict[str, Any]:
+    """Totals and cells as plain data."""
+    totals = {"study": status.study, "currency": status.currency, "spent": status.spent, "planned": status.planned}
+    totals |= {"seconds_left": status.seconds_left, "counts": status.counts}
+    return totals | {"cells": [vars(cell) for cell in status.cells]}
+
+
+def render(status: StudyStatus) -> Group:
+    """What the terminal shows: totals, arms, running cells, failures."""
+    counts = ", ".join(f"{count} {state}" for state, count in status.counts.items() if count)
+    unit = {"tokens_generated": "tokens"}.get(status.currency, status.currency)
+    share = f" ({100 * status.spent / status.planned:.0f} %)" if status.planned else ""
+    left = "" if status.seconds_left is None else f"; about {duration(status.seconds_left)} left"
+    head = Text(f"{status.study}: {counts} of {len(status.cells)} cells; ")
+    head.append(f"{short(status.spent)}/{short(status.planned)} {unit}{share}{left}")
+    failed = [Text(f"failed: {c.arm} s{c.seed}: {c.message}", style="red") for c in status.cells if c.state == "failed"]
+    now = [cell for cell in status.cells if cell.state == "running"]
+    return Group(head, _arms(status.cells), *([_running(now)] if now else []), *failed)
+
+
+def _arms(cells: Sequence[CellStatus]) -> Table:
+    states = [state for state in STATES if any(cell.state == state for cell in cells)]
+    numbers = [Column(title, justify="right", no_wrap=True) for title in (*states, "final pass@1, %")]
+    table = Table(Column("arm", no_wrap=True), *numbers, box=None)
+    for arm in dict.fromkeys(cell.arm for cell in cells):
+        mine = [cell for cell in cells if cell.arm == arm]
+        found = Counter(cell.state for cell in mine)
+        final = [cell.accuracy for cell in mine if cell.final and cell.accuracy is not None]
+        accuracy = f"{100 * sum(final) / len(final):.1f}" if final else ""
+        table.add_row(arm, *(str(found[state] or "") for state in states), accuracy)
+    return table
+
+
+def _running(cells: Sequence[CellStatus]) -> Table:
+    titles = ("running", "spent", "latest pass@1, %", "")
+    table = Table(*(Column(title, no_wrap=True) for title in titles), box=None)
+    for cell in cells:
+        share = f"{100 * cell.spent / cell.planned:.0f} %" if cell.planned else ""
+        latest = "" if cell.accuracy is None else f"{100 * cell.accuracy:.1f}"
+        table.add_row(f"{cell.arm} s{cell.seed}", share, latest, cell.message)
+    return table
+
+
+def watch(folder: Path, plan: dict[str, Any], seconds: float) -> None:
+    """Show the status until every cell is done, or Ctrl-C."""
+    from rich.live import Live
+
+    with Live(auto_refresh=False) as live:
+        while True:
+            status = read_status(folder, plan)
+            live.update(render(status), refresh=True)
+            if status.counts["done"] == len(status.cells):
+                return
+            time.sleep(seconds)
