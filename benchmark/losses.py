@@ -39,7 +39,12 @@ def token_weights(batch: Rollouts, loss: Loss, max_tokens: int, mask: Tensor | N
 
 
 def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, loss: Loss) -> Tensor:
-    """Per-token policy loss, (T,): PPO's clipped surrogate with optional dual clip; see `Loss` for the equation."""
+    """Per-token policy loss, (T,): PPO's clipped surrogate with optional dual clip, or the weighted log-likelihood.
+
+    See `Loss` for the equations.
+    """
+    if loss.surrogate == "log_likelihood":
+        return -advantage * log_prob
     ratio = torch.exp(log_prob - old_log_prob)
     plain = -advantage * ratio
     if not loss.clip:

@@ -33,6 +33,8 @@ class Loss:
     (dual clip, arXiv 1912.09729).
 
     Attributes:
+        surrogate: ``clipped_ratio`` is the above; ``log_likelihood`` is ``-A log pi``, for methods whose `modulate`
+            puts (detached) importance weights and trust regions into A.
         clip_low, clip_high: the clip range; ``clip=False`` uses the plain ratio.
         dual_clip: cap of the ratio where A < 0, or ``None``.
         aggregation: ``token_mean`` over all tokens of an update batch (DAPO, verl), ``sequence_mean`` (mean over
@@ -43,6 +45,7 @@ class Loss:
         entropy_coefficient: c in ``L - c * mean entropy`` (same aggregation).
     """
 
+    surrogate: Literal["clipped_ratio", "log_likelihood"] = "clipped_ratio"
     clip: bool = True
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -65,6 +68,7 @@ class Tokens:
         rollout: which rollout of the update batch the token belongs to.
         uniform: one uniform draw per token from a keyed stream, for methods that pick tokens at random.
         loss: the loss the update will use (its clip range decides which tokens are clipped).
+        prompt: which prompt of the update batch the token's rollout belongs to; all the same one where not given.
     """
 
     advantage: Tensor
@@ -76,6 +80,11 @@ class Tokens:
     rollout: Tensor
     uniform: Tensor
     loss: Loss
+    prompt: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) != len(self.rollout):
+            object.__setattr__(self, "prompt", torch.zeros_like(self.rollout))
 
     @property
     def ratio(self) -> Tensor:

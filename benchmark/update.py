@@ -155,6 +155,7 @@ class Updater:
             rollout,
             torch.from_numpy(draws).to(advantage),
             self.method.loss,
+            part.prompt[rollout],
         )
 
     def _split(self, part: Rollouts) -> list[tuple[Rollouts, int, int]]:

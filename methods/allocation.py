@@ -68,7 +68,8 @@ def _units(weight: Floats, threshold: float, low: Ints, high: Ints) -> Ints:
     # Weights of very different size: a threshold that underflows lets everything in, as it should.
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         wanted = np.nan_to_num(np.floor((1 + np.sqrt(1 + 4 * weight / threshold)) / 2), nan=0.0)
-    return np.clip(np.minimum(wanted, 2.0**62).astype(np.int64), low, high)
+    units: Ints = np.clip(np.minimum(wanted, 2.0**62).astype(np.int64), low, high)
+    return units
 
 
 def _bracket(weight: Floats, budget: int, low: Ints, high: Ints, probes: int = 40) -> tuple[Ints, Ints]:

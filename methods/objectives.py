@@ -71,7 +71,7 @@ def allocate(objective: Objective, p: Floats, s: Floats, budget: int, n_low: int
     n = np.arange(n_low, n_high + 1)
     d = both_outcomes(p[:, None], n)
     if objective == "non_degenerate":
-        return n_low + _by_gain(np.diff(d, axis=1), budget - n_low * len(p))
+        return n_low + best_gains(np.diff(d, axis=1), budget - n_low * len(p))
     if objective == "std":
         return n_low + best_values(-(n - 1) / np.maximum(n, 1) ** 2 * d, budget - n_low * len(p))
     if objective == "knapsack":
@@ -79,8 +79,14 @@ def allocate(objective: Objective, p: Floats, s: Floats, budget: int, n_low: int
     raise ValueError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
 
 
-def _by_gain(gain: Floats, units: int) -> Ints:
-    """The `units` largest entries of `gain` (P, K), rows non-increasing: how many each row gives, (P,)."""
+def best_gains(gain: Floats, units: int) -> Ints:
+    """Units per row of the `units` largest entries of `gain` (P, K), whose rows do not increase; (P,) int64.
+
+    Exactly optimal for concave values. Equal gains go to the lower unit, then to the earlier row.
+
+    Raises:
+        ValueError: `units` is outside [0, P K].
+    """
     rows, most = gain.shape
     _feasible(units, rows, most)
     if units == 0:
@@ -89,7 +95,6 @@ def _by_gain(gain: Floats, units: int) -> Ints:
     falling = np.minimum.accumulate(gain, axis=1)
     threshold = np.partition(falling, falling.size - units, axis=None)[falling.size - units]
     result: Ints = (falling > threshold).sum(axis=1)
-    # Equal gains: the lower unit first, then the earlier prompt.
     _, owner = np.nonzero((falling == threshold).T)
     result += np.bincount(owner[: units - int(result.sum())], minlength=rows)
     return result
