@@ -21,7 +21,7 @@ from baselines.grpo import GRPO
 from benchmark.history import HistoryView
 from benchmark.method import Change
 from methods.allocation import bounds
-from methods.objectives import best_gains
+from methods.separable import best_gains
 
 
 @dataclass(frozen=True)

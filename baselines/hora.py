@@ -18,7 +18,7 @@ from baselines.grpo import GRPO
 from benchmark.history import HistoryView
 from benchmark.method import Change
 from methods.allocation import Floats, bounds
-from methods.objectives import best_gains
+from methods.separable import best_gains
 
 
 def at_least_one(a: Floats, b: Floats, most: int) -> Floats:

@@ -19,7 +19,8 @@ from baselines.grpo import GRPO
 from benchmark.history import HistoryView
 from benchmark.method import Change
 from methods.allocation import bounds, min_variance_allocation
-from methods.objectives import best_values, both_outcomes
+from methods.objectives import both_outcomes
+from methods.separable import best_values
 
 
 @dataclass(frozen=True)

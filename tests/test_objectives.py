@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from benchmark.history import HistoryView
 from methods.allocation import min_variance_allocation
 from methods.neyman import NeymanAllocation
-from methods.objectives import LEAST, OBJECTIVES, Objective, allocate, best_values, both_outcomes, gvm_weight
+from methods.objectives import LEAST, OBJECTIVES, Objective, allocate, both_outcomes, gvm_weight
+from methods.separable import best_values
 
 rates = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=4).map(np.array)
 
