@@ -8,13 +8,15 @@ batch of prompts; with g_r the full-model gradient of replicate r and g-bar thei
 
 Prompts are fixed, so this is the variance within prompts: the part that an allocation can change. All allocations see
 the same rollouts (rollout j of a prompt is the same in each), so ratios are paired; intervals resample replicates.
+`analysis.variance_study` gets the same from pools of single rollouts, for every allocator at once; a test holds the two
+against each other.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,12 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analysis.variance_pool import Bench
 from baselines.dr_grpo import DrGRPO
 from baselines.grpo import GRPO
 from benchmark import streams
 from benchmark.collect import Pool
 from benchmark.config import RunConfig
-from benchmark.decode import generate
 from benchmark.groups import Groups, segment_sum
 from benchmark.history import HistoryView, PromptHistory
 from benchmark.jsonl import atomic_write_json
@@ -37,9 +39,8 @@ from benchmark.losses import token_weights
 from benchmark.method import Loss
 from benchmark.policy import Policy, prepare_machine
 from benchmark.problems import load_task
-from benchmark.rollouts import Rollouts, ragged_index
+from benchmark.rollouts import ragged_index
 from benchmark.scoring import score
-from benchmark.verdict import reward
 from benchmark.verifier import Verifier
 from benchmark.warmup import ensure_policy
 from methods.allocation import min_variance_allocation
@@ -64,64 +65,34 @@ def allocations(history: HistoryView, budget: int) -> dict[str, Ints]:
     return {"uniform": uniform} | {name: min_variance_allocation(w, budget, low, high) for name, w in weights.items()}
 
 
-@dataclass
-class _Bench:
-    """A checkpoint, a fixed batch of prompts and what is needed to draw from them."""
-
-    config: RunConfig
-    policy: Policy
-    pool: Pool
-    verifier: Verifier
-    prompts: list[int]
-    device: torch.device
-
-    def draw(self, purpose: str, number: int, each: int) -> tuple[Rollouts, Tensor]:
-        """`each` rollouts of every prompt and their rewards (R,), from the stream of this replicate."""
-        rollout = self.config.rollout
-        keys = np.repeat(self.pool.stream_keys(purpose, number, 0, self.prompts), each)
-        lanes = np.tile(np.arange(each), len(self.prompts))
-        drawn = generate(
-            self.policy.fused(),
-            torch.cat([self.pool.tokens[p] for p in self.prompts]),
-            torch.tensor([len(self.pool.tokens[p]) for p in self.prompts], device=self.device),
-            torch.full((len(self.prompts),), each, device=self.device),
-            torch.from_numpy(streams.uniforms(keys, lanes, rollout.max_tokens)).float().to(self.device),
-            max_tokens=rollout.max_tokens,
-            end=self.policy.end,
-            temperature=rollout.temperature,
+def gradients(bench: Bench, number: int, counts: Mapping[str, Ints]) -> dict[tuple[str, str], Tensor]:
+    """Full gradient (D,) of replicate `number` per (allocation, advantage): one forward, a backward for each."""
+    most = int(max(n.max() for n in counts.values()))
+    drawn, rewards = bench.draw("replicate", number, most)
+    log_prob = score(bench.policy.fused(), drawn, temperature=bench.rollout.temperature).log_prob
+    parameters = list(bench.policy.parameters().values())
+    lane = torch.arange(most, device=bench.device).repeat(len(bench.prompts))
+    result = {}
+    for allocation, n in counts.items():
+        rows = torch.nonzero(lane < torch.from_numpy(n).to(bench.device)[drawn.prompt]).flatten()
+        flat = ragged_index(rows, drawn.length)
+        part = replace(
+            drawn,
+            prompt=drawn.prompt[rows],
+            tokens=drawn.tokens[flat],
+            length=drawn.length[rows],
+            log_prob=drawn.log_prob[flat],
+            finished=drawn.finished[rows],
         )
-        golds = [self.pool.items[self.prompts[p]].answer for p in drawn.prompt.tolist()]
-        verdicts = self.verifier.verify_rollouts(golds, self.policy.decode(drawn.texts()), drawn.finished.tolist())
-        return drawn, torch.tensor([reward(v) for v in verdicts], device=self.device)
-
-    def gradients(self, number: int, counts: Mapping[str, Ints]) -> dict[tuple[str, str], Tensor]:
-        """Full gradient (D,) of one replicate per (allocation, advantage): one forward, a backward for each."""
-        most = int(max(n.max() for n in counts.values()))
-        drawn, rewards = self.draw("replicate", number, most)
-        log_prob = score(self.policy.fused(), drawn, temperature=self.config.rollout.temperature).log_prob
-        parameters = list(self.policy.parameters().values())
-        lane = torch.arange(most, device=self.device).repeat(len(self.prompts))
-        result = {}
-        for allocation, n in counts.items():
-            rows = torch.nonzero(lane < torch.from_numpy(n).to(self.device)[drawn.prompt]).flatten()
-            flat = ragged_index(rows, drawn.length)
-            part = replace(
-                drawn,
-                prompt=drawn.prompt[rows],
-                tokens=drawn.tokens[flat],
-                length=drawn.length[rows],
-                log_prob=drawn.log_prob[flat],
-                finished=drawn.finished[rows],
-            )
-            limit = self.config.rollout.max_tokens
-            groups = Groups(part.prompt, part.prompts, rewards[rows], part.length, ~part.finished, limit)
-            weights = token_weights(part, OBJECTIVE, limit)
-            for advantage, credit in CREDITS.items():
-                outer = torch.zeros_like(log_prob)
-                outer[flat] = weights * torch.repeat_interleave(credit(groups), part.length)
-                pieces = torch.autograd.grad(log_prob, parameters, outer, retain_graph=True)
-                result[allocation, advantage] = torch.cat([piece.flatten() for piece in pieces])
-        return result
+        limit = bench.rollout.max_tokens
+        groups = Groups(part.prompt, part.prompts, rewards[rows], part.length, ~part.finished, limit)
+        weights = token_weights(part, OBJECTIVE, limit)
+        for advantage, credit in CREDITS.items():
+            outer = torch.zeros_like(log_prob)
+            outer[flat] = weights * torch.repeat_interleave(credit(groups), part.length)
+            pieces = torch.autograd.grad(log_prob, parameters, outer, retain_graph=True)
+            result[allocation, advantage] = torch.cat([piece.flatten() for piece in pieces])
+    return result
 
 
 def trace_and_square(gram: Floats) -> tuple[float, float]:
@@ -174,7 +145,7 @@ def measure(
     pool = Pool.of(train, policy, config.seed, device)
     prompts = pool.prompts(0, min(config.rollout.prompts_per_batch, len(train)))
     with Verifier(answer_form=config.task.answer_form) as verifier:
-        bench = _Bench(config, policy, pool, verifier, prompts, device)
+        bench = Bench(policy, config.rollout, pool, verifier, prompts, device)
         history = PromptHistory(len(train))
         drawn, rewards = bench.draw("history", 0, HISTORY_ROLLOUTS)
         successes = segment_sum(rewards.double(), drawn.prompt, len(prompts)).cpu().numpy()
@@ -182,7 +153,7 @@ def measure(
         counts = allocations(history.view(prompts), len(prompts) * config.rollout.rollouts_per_prompt)
         samples: dict[tuple[str, str], list[Tensor]] = {}
         for number in range(replicates):
-            for key, gradient in bench.gradients(number, counts).items():
+            for key, gradient in gradients(bench, number, counts).items():
                 samples.setdefault(key, []).append(gradient)
             if progress is not None:
                 progress(number + 1, replicates)

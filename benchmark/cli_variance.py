@@ -42,7 +42,7 @@ def variance(
     from benchmark.layers import Layer, validate
     from benchmark.workers import default_workers
 
-    given = {"scale": scale, "task": task, "seed": seed, "rollouts": rollouts, "options": options or []}
+    given: dict[str, Any] = {"scale": scale, "task": task, "seed": seed, "rollouts": rollouts, "options": options or []}
     given |= {key: value for key, value in (("arms", arms), ("budgets", budgets)) if value}
     config = validate(VarianceConfig, Layer(given))
     report = run_variance_study(config, out, workers=workers or default_workers())
