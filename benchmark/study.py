@@ -233,10 +233,13 @@ def warm_up(config: RunConfig) -> str | Path:
     """Path of the policy before RL, made here behind a progress bar where it is missing.
 
     Raises:
-        InputError: the task has nothing to warm up on.
+        InputError: the task has nothing to warm up on, or a file of it is damaged.
     """
+    from benchmark.problems import load_task
     from benchmark.warmup import ensure_policy  # torch
 
+    if config.task.train_file is not None:
+        load_task(config.task)  # so that a bad line ends the command, not every run of it
     with Display() as display:
         return ensure_policy(
             config, lambda step, steps, loss: display.update(Bar("warm-up", step, steps, "steps", f"loss {loss:.2f}"))

@@ -23,7 +23,7 @@ from benchmark.config import RunConfig
 from benchmark.jsonl import atomic_write_json
 
 ROOT = Path(benchmark.__path__[0]).parent
-COMMANDS = ["run", "study", "methods", "warmup", "report", "mirror"]
+COMMANDS = ["run", "study", "methods", "warmup", "report", "status", "mirror"]
 
 
 def call(*arguments: str | Path) -> Result:
@@ -57,7 +57,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 
     stub = Stub("benchmark.run", run_cell=run_cell, Interrupted=Interrupted)
     monkeypatch.setitem(sys.modules, "benchmark.run", stub)
-    warmup = Stub("benchmark.warmup", ensure_policy=lambda config: Path("policies") / config.scale)
+    warmup = Stub("benchmark.warmup", ensure_policy=lambda config, progress: Path("policies") / config.scale)
     monkeypatch.setitem(sys.modules, "benchmark.warmup", warmup)
     return seen
 
@@ -165,6 +165,14 @@ def test_a_run_on_a_file_with_an_unusable_answer_is_one_line_and_exit_code_2(
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path / 'train.jsonl'}:2: answer = ")
     assert "Mend the answer or delete the line" in line
+    # A study says it once, before any of its runs begins.
+    study = {"study": "pair", "question": "Which?", "scale": "smoke", "task": str(task), "seeds": 2}
+    study |= {"arms": ["grpo", "rloo"], "overrides": {"policy": {"path": str(tmp_path / "policy")}}}
+    (tmp_path / "pair.yaml").write_text(json.dumps(study))
+    result = call("study", tmp_path / "pair.yaml", "--no-mlflow", "--out", tmp_path / "pair")
+    assert result.exit_code == 2, result.output
+    assert result.stderr.splitlines()[-1] == line
+    assert not list(tmp_path.glob("pair/cells/*/ledger.jsonl"))
 
 
 def test_a_finished_run_is_not_run_again(training: list[RunConfig], tmp_path: Path) -> None:
@@ -193,7 +201,7 @@ def test_an_interrupted_run_exits_with_130(training: list[RunConfig], tmp_path: 
 
 
 def test_ctrl_c_outside_training_exits_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def interrupted(_: RunConfig) -> Path:
+    def interrupted(_: RunConfig, progress: object) -> Path:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, "benchmark.warmup", Stub("benchmark.warmup", ensure_policy=interrupted))
