@@ -118,6 +118,13 @@ def ablation(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def variance(session: nox.Session) -> None:
+    """By how much rollout allocation lowers the gradient's variance; resumes; results/variance/REPORT.md."""
+    install(session)
+    session.run("rolloutbench", "variance", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
 def dashboard(session: nox.Session) -> None:
     """The MLflow interface on 127.0.0.1 (options behind `--`, for instance `--port 5001`)."""
     install_tool(session, "mlflow")

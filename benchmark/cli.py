@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from benchmark.cli_variance import variance
 from benchmark.errors import InputError
 
 if TYPE_CHECKING:
@@ -154,6 +155,9 @@ def methods(
     for row in rows:
         table.add_row(row["name"], row["family"], row["kind"], ", ".join(row["changes"]), row["reference"])
     Console().print(table)
+
+
+app.command()(variance)
 
 
 @app.command()

@@ -20,7 +20,11 @@ def variance(
     task: Annotated[str | None, typer.Option(help="File of configs/tasks, or a path; the scale's by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the runs and of the pools.")] = 0,
     arms: Annotated[list[str] | None, typer.Option("--arm", help="Arm to train; repeatable; grpo and dynamo.")] = None,
+    fractions: Annotated[
+        list[float] | None, typer.Option("--fraction", help="Of the training budget; repeatable; 0, 1/3, 2/3, 1.")
+    ] = None,
     rollouts: Annotated[int, typer.Option(min=32, help="Rollouts of a prompt's pool.")] = 256,
+    blocks: Annotated[int, typer.Option(min=4, help="Parts of a pool that intervals leave out.")] = 16,
     budgets: Annotated[list[int] | None, typer.Option("--budget", help="Rollouts per prompt; repeatable.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
     options: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value.")] = None,
@@ -42,8 +46,15 @@ def variance(
     from benchmark.layers import Layer, validate
     from benchmark.workers import default_workers
 
-    given: dict[str, Any] = {"scale": scale, "task": task, "seed": seed, "rollouts": rollouts, "options": options or []}
-    given |= {key: value for key, value in (("arms", arms), ("budgets", budgets)) if value}
+    given: dict[str, Any] = {
+        "scale": scale,
+        "task": task,
+        "seed": seed,
+        "rollouts": rollouts,
+        "blocks": blocks,
+        "options": options or [],
+    }
+    given |= {key: value for key, value in (("arms", arms), ("fractions", fractions), ("budgets", budgets)) if value}
     config = validate(VarianceConfig, Layer(given))
     report = run_variance_study(config, out, workers=workers or default_workers())
     if mlflow:

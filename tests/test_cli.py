@@ -23,7 +23,7 @@ from benchmark.config import RunConfig
 from benchmark.jsonl import atomic_write_json
 
 ROOT = Path(benchmark.__path__[0]).parent
-COMMANDS = ["run", "study", "methods", "warmup", "report", "status", "mirror"]
+COMMANDS = ["run", "study", "methods", "warmup", "report", "status", "mirror", "variance"]
 
 
 def call(*arguments: str | Path) -> Result:
