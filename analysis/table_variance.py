@@ -170,7 +170,7 @@ def coordinates_table(frame: pd.DataFrame, checkpoint: str, budget: int) -> Tabl
     columns += [Column(kind, group=title) for title in quality.values() for kind in kinds]
     notes = [
         f"{checkpoint}, {budget} rollouts per prompt. adam: the update preconditioned with the run's second moments. "
-        "Signal to noise: squared mean over variance, relative to uniform, for an allocation may also lower the "
+        "Signal to noise: squared mean over variance, relative to uniform, since an allocation may also lower the "
         "variance by shrinking the gradient. Cosine: of the expected gradient to that of groups of a whole pool; one "
         "minus it is the bias of direction."
     ]

@@ -184,9 +184,10 @@ def _claim(frames: Frames) -> str:
     return (
         f"**The quoted {points(CLAIMED, digits=0)} %.** {verdict}: over all checkpoints, budgets and advantages the "
         f"largest reduction by a form of DynaMO is {_where(best['d'])}, by any rule {_where(best['r'])}, by an oracle "
-        f"{_where(best['o'])}. If a prompt's variance were p (1 - p), a perfect allocation without bounds would gain "
-        f"{_range(bound)} at these checkpoints: large figures need many dead prompts, and {_range(share)} of the "
-        "prompts have all of their pool right or all of it wrong."
+        f"{_where(best['o'])}, whose expected gradient has a cosine of {best['o']['cosine']:.2f} to the target. If a "
+        f"prompt's variance were p (1 - p), a perfect allocation without bounds would gain {_range(bound)} at these "
+        f"checkpoints: large figures need many dead prompts, and {_range(share)} of the prompts have all of their "
+        "pool right or all of it wrong."
     )
 
 
