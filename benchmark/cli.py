@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from benchmark.cli_author import check, new_method
 from benchmark.cli_variance import variance
 from benchmark.errors import InputError
 
@@ -158,6 +159,8 @@ def methods(
 
 
 app.command()(variance)
+app.command()(check)
+app.command()(new_method)
 
 
 @app.command()

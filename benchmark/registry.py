@@ -39,6 +39,11 @@ def names() -> list[str]:
     return list(_entries())
 
 
+def register(name: str, value: str) -> None:
+    """Add an arm to this process: `value` is ``module:Class``, as an entry point would say it."""
+    _entries()[name] = EntryPoint(name, value, GROUP)
+
+
 def suggest(word: str, known: list[str]) -> str:
     """A remedy sentence: the closest known word, or all of them."""
     close = difflib.get_close_matches(word, known, n=1)
@@ -84,7 +89,12 @@ def build(name: str, params: Mapping[str, object]) -> Method:
     Raises:
         InputError: unknown method or parameter, wrong type, or a value the method refuses.
     """
-    method: Method = _changed(load(name)(), params, "method")
+    try:
+        default = load(name)()
+    except TypeError as error:
+        remedy = "Give every parameter a default: a method is run by its name alone"
+        raise InputError(f"cannot be made ({error})", key="method", value=name, remedy=remedy) from error
+    method: Method = _changed(default, params, "method")
     return method
 
 
