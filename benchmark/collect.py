@@ -161,8 +161,22 @@ class Collector:
         rollouts, verdicts = self._sample(weights, "rollout", step, prompts, counts, admitted.max_tokens)
         self.place += len(prompts)
         if not admitted.cut:
-            self.history.record(prompts, _successes(rollouts, verdicts), counts.astype(np.float64))
+            self._remember(prompts, rollouts, verdicts, counts)
         return Draw(prompts, counts, rollouts, verdicts, seen, admitted.cut)
+
+    def _remember(
+        self, prompts: list[int], rollouts: Rollouts, verdicts: list[Verdict], counts: NDArray[np.int64]
+    ) -> None:
+        owner = torch.repeat_interleave(rollouts.prompt, rollouts.length)
+        tokens = segment_sum(rollouts.length.double(), rollouts.prompt, rollouts.prompts)
+        surprisal = segment_sum(-rollouts.log_prob.double(), owner, rollouts.prompts)
+        self.history.record(
+            prompts,
+            _successes(rollouts, verdicts),
+            counts.astype(np.float64),
+            tokens.cpu().numpy(),
+            surprisal.cpu().numpy(),
+        )
 
     def _probe(self, weights: Weights, step: int, probe: Probe, prompts: list[int], seen: HistoryView) -> HistoryView:
         """`seen` with the outcome of the probe, which is charged, or recorded apart where it is an oracle's."""

@@ -22,6 +22,9 @@ class HistoryView:
         visits: how often the prompt was in a batch, undiscounted.
         last_successes: correct rollouts of the latest visit.
         last_trials: rollouts of the latest visit.
+        tokens: generated tokens of those rollouts, discounted by the decay.
+        surprisal: their -log pi under the policy that drew them, in nats, summed over tokens and discounted by the
+            decay; its expectation is the entropy of the rollouts.
         probe_successes, probe_trials: correct rollouts and rollouts of the probe drawn just now (`Method.probe`),
             0 without one; never part of the counts above.
     """
@@ -31,13 +34,16 @@ class HistoryView:
     visits: Ints
     last_successes: Ints
     last_trials: Ints
+    tokens: Floats = field(default_factory=lambda: np.zeros(0))
+    surprisal: Floats = field(default_factory=lambda: np.zeros(0))
     probe_successes: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     probe_trials: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
-        for name in ("probe_successes", "probe_trials"):
-            if not len(getattr(self, name)):
-                object.__setattr__(self, name, np.zeros(len(self), dtype=np.int64))
+        for column in fields(self):
+            if not len(getattr(self, column.name)):
+                kind = np.int64 if column.name.startswith("probe") else np.float64
+                object.__setattr__(self, column.name, np.zeros(len(self), dtype=kind))
 
     @classmethod
     def unseen(cls, prompts: int) -> HistoryView:
@@ -77,17 +83,27 @@ class PromptHistory:
     counts: Floats = field(init=False)
 
     def __post_init__(self) -> None:
-        # Columns: discounted successes, discounted trials, visits, last successes, last trials.
-        self.counts = np.zeros((self.size, 5))
+        # Columns: successes, trials, tokens, surprisal (all discounted), visits, last successes, last trials.
+        self.counts = np.zeros((self.size, 7))
 
     def view(self, prompts: Sequence[int]) -> HistoryView:
         """A snapshot of `prompts`; later updates do not reach it."""
         rows = self.counts[np.asarray(prompts, dtype=np.int64)]
-        integer = rows[:, 2:].astype(np.int64)
-        return HistoryView(rows[:, 0].copy(), rows[:, 1].copy(), integer[:, 0], integer[:, 1], integer[:, 2])
+        visits, last_successes, last_trials = rows[:, 4:].astype(np.int64).T
+        successes, trials, tokens, surprisal = rows[:, :4].T.copy()
+        return HistoryView(successes, trials, visits, last_successes, last_trials, tokens, surprisal)
 
-    def record(self, prompts: Sequence[int], successes: Floats, trials: Floats) -> None:
+    def record(
+        self,
+        prompts: Sequence[int],
+        successes: Floats,
+        trials: Floats,
+        tokens: Floats | None = None,
+        surprisal: Floats | None = None,
+    ) -> None:
         """Add one visit: `successes` (P,) of `trials` (P,) for each of the distinct `prompts`; no trial, no visit.
+
+        `tokens` and `surprisal` (P,) are summed over the visit's rollouts; 0 where not given.
 
         Outcomes of a probe are not recorded: they are known for the draw they were taken for, and an oracle's must
         not become free knowledge about later ones.
@@ -95,9 +111,10 @@ class PromptHistory:
         seen = np.asarray(trials) > 0
         index = np.asarray(prompts, dtype=np.int64)[seen]
         keep = 1.0 if self.half_life is None else 0.5 ** (1.0 / self.half_life)
-        self.counts[index, :2] *= keep
-        self.counts[index, 0] += successes[seen]
-        self.counts[index, 1] += trials[seen]
-        self.counts[index, 2] += 1
-        self.counts[index, 3] = successes[seen]
-        self.counts[index, 4] = trials[seen]
+        visit = np.zeros((len(index), 4))
+        for column, values in enumerate((successes, trials, tokens, surprisal)):
+            if values is not None:
+                visit[:, column] = np.asarray(values)[seen]
+        self.counts[index, :4] = self.counts[index, :4] * keep + visit
+        self.counts[index, 4] += 1
+        self.counts[index, 5:] = visit[:, :2]

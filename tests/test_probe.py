@@ -122,7 +122,7 @@ def some_views() -> tuple[HistoryView, HistoryView]:
     history.record([0, 2, 3], np.array([1.0, 2.0, 0.0]), np.array([4.0, 4.0, 4.0]))
     history.record([2, 4], np.array([3.0, 1.0]), np.array([8.0, 1.0]))
     probed = HistoryView(
-        *(getattr(history.view([2, 1]), name) for name in COLUMNS[:5]), np.array([5, 0]), np.array([6, 6])
+        *(getattr(history.view([2, 1]), name) for name in COLUMNS[:-2]), np.array([5, 0]), np.array([6, 6])
     )
     return history.view([0, 4, 3]), probed
 
@@ -135,6 +135,21 @@ def test_views_are_selected_and_joined_row_by_row() -> None:
     assert joined.probe_trials.tolist() == [0, 0, 6, 6]
     assert joined.visits.dtype == joined.probe_successes.dtype == np.int64
     assert len(first.select(np.zeros(0, dtype=np.int64))) == 0
+
+
+def test_visits_fade_by_half_in_a_half_life() -> None:
+    history = PromptHistory(3, half_life=2.0)
+    history.record([0, 1], np.array([1.0, 2.0]), np.array([4.0, 0.0]), np.array([10.0, 9.0]), np.array([3.0, 9.0]))
+    history.record([0], np.array([2.0]), np.array([2.0]), np.array([5.0]), np.array([1.0]))
+    seen, fade = history.view([0, 1]), 0.5**0.5
+    assert seen.successes.tolist() == [2 + fade * 1, 0]
+    assert seen.trials.tolist() == [2 + fade * 4, 0]
+    assert seen.tokens.tolist() == [5 + fade * 10, 0]
+    assert seen.surprisal.tolist() == [1 + fade * 3, 0]
+    assert seen.visits.tolist() == [2, 0]
+    assert seen.last_trials.tolist() == [2, 0]
+    history.record([0], np.array([0.0]), np.array([1.0]))
+    assert seen.visits.tolist() == [2, 0]  # a snapshot
 
 
 def test_groups_made_by_hand_are_of_prompts_never_seen() -> None:

@@ -277,18 +277,25 @@ def test_every_rollout_is_verified_and_remembered_under_its_own_prompt(
     def spy(self: Collector, step: int) -> Batch:
         before = self.history.counts.copy()
         batch = collect(self, step)
-        right = torch.zeros(len(self.pool.items))
+        right, made, surprise = torch.zeros(3, len(self.pool.items), dtype=torch.float64)
         for draw in batch.drawn:
             owners = [draw.prompts[p] for p in draw.rollouts.prompt.tolist()]
             assert owners == [p for p, n in zip(draw.prompts, draw.counts.tolist(), strict=True) for _ in range(n)]
             texts = self.policy.decode(draw.rollouts.texts())
-            for owner, text, verdict in zip(owners, texts, draw.verdicts, strict=True):
+            own = torch.split(draw.rollouts.log_prob.double(), draw.rollouts.length.tolist())
+            for owner, text, verdict, log_prob in zip(owners, texts, draw.verdicts, own, strict=True):
                 boxed = re.search(r"\\boxed\{(-?\d+)\}$", text)
                 answers = boxed is not None and int(boxed[1]) == int(self.pool.items[owner].answer)
                 assert (verdict is Verdict.CORRECT) == answers
-                right[owner] += (verdict is Verdict.CORRECT) and not draw.cut
+                if not draw.cut:
+                    right[owner] += verdict is Verdict.CORRECT
+                    made[owner] += len(log_prob)
+                    surprise[owner] -= log_prob.sum()
             uneven.append(len(set(draw.counts.tolist())) > 1)
-        assert (self.history.counts - before)[:, 0].tolist() == right.tolist()
+        change = self.history.counts - before
+        assert change[:, 0].tolist() == right.tolist()
+        assert change[:, 2].tolist() == made.tolist()
+        assert change[:, 3] == pytest.approx(surprise.numpy(), abs=1e-9)
         return batch
 
     monkeypatch.setattr(Collector, "collect", spy)
