@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from benchmark.cli_author import check, new_method
+from benchmark.cli_doctor import doctor
 from benchmark.cli_variance import variance
 from benchmark.errors import InputError
 
@@ -161,6 +162,7 @@ def methods(
 app.command()(variance)
 app.command()(check)
 app.command()(new_method)
+app.command()(doctor)
 
 
 @app.command()

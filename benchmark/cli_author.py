@@ -36,16 +36,13 @@ def check(
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from benchmark import registry
-    from benchmark.conformance import decision_checks, examine
 
-    name = _known(method)
-    built = registry.build(name, {})
-    findings = list(examine(built, decision_checks()))
-    if train:
-        from benchmark.conformance_run import run_checks
-
-        with tempfile.TemporaryDirectory(prefix="rolloutbench-check-") as folder:
-            findings += examine(built, run_checks(name, Path(folder)))
+    if ":" not in method:
+        findings = _examine(method, train)
+    else:
+        sys.path.insert(0, str(Path.cwd()))
+        with registry.registered(UNDER_CHECK, method):
+            findings = _examine(UNDER_CHECK, train)
     failed = [finding for finding in findings if not finding.holds]
     if as_json:
         typer.echo(json.dumps([asdict(finding) | {"holds": finding.holds} for finding in findings], indent=2))
@@ -82,15 +79,18 @@ def new_method(
     )
 
 
-def _known(method: str) -> str:
-    """The name of an arm; a class given as ``module:Class`` becomes one for this process."""
-    from benchmark import registry
+def _examine(name: str, train: bool) -> list[Finding]:
+    from benchmark.conformance import decision_checks, examine
+    from benchmark.registry import build
 
-    if ":" not in method:
-        return method
-    sys.path.insert(0, str(Path.cwd()))
-    registry.register(UNDER_CHECK, method)
-    return UNDER_CHECK
+    built = build(name, {})
+    findings = list(examine(built, decision_checks()))
+    if train:
+        from benchmark.conformance_run import run_checks
+
+        with tempfile.TemporaryDirectory(prefix="rolloutbench-check-") as folder:
+            findings += examine(built, run_checks(name, Path(folder)))
+    return findings
 
 
 def _show(findings: list[Finding]) -> None:

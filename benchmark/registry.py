@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, get_type_hints
@@ -39,9 +40,14 @@ def names() -> list[str]:
     return list(_entries())
 
 
-def register(name: str, value: str) -> None:
-    """Add an arm to this process: `value` is ``module:Class``, as an entry point would say it."""
+@contextmanager
+def registered(name: str, value: str) -> Iterator[None]:
+    """An arm of this process for a while: `value` is ``module:Class``, as an entry point would say it."""
     _entries()[name] = EntryPoint(name, value, GROUP)
+    try:
+        yield
+    finally:
+        del _entries()[name]
 
 
 def suggest(word: str, known: list[str]) -> str:

@@ -63,8 +63,8 @@ def test_a_tiny_run_is_booked_repeated_and_resumed(tmp_path: Path) -> None:
 
 
 def test_runs_of_a_method_with_a_state_of_its_own_differ_when_resumed(tmp_path: Path) -> None:
-    registry.register("rememberer", "broken_methods:Rememberer")
-    findings = {f.check: f.reason for f in examine(broken.Rememberer(), run_checks("rememberer", tmp_path))}
+    with registry.registered("rememberer", "broken_methods:Rememberer"):
+        findings = {f.check: f.reason for f in examine(broken.Rememberer(), run_checks("rememberer", tmp_path))}
     assert findings["repeat"] == ""
     assert "may keep no state" in findings["resume"]
 
