@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from benchmark.cli_author import check, new_method
 from benchmark.cli_doctor import doctor
+from benchmark.cli_figures import figures
 from benchmark.cli_variance import variance
 from benchmark.errors import InputError
 
@@ -160,6 +161,7 @@ def methods(
 
 
 app.command()(variance)
+app.command()(figures)
 app.command()(check)
 app.command()(new_method)
 app.command()(doctor)
