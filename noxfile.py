@@ -104,6 +104,13 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """The documentation site, every link checked, without a network; build/site/index.html."""
+    install_tool(session, "mkdocs-material", "mkdocstrings[python]")
+    session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session(default=False)
 def reproduce_main_table(session: nox.Session) -> None:
     """Every arm and seed of the main table on this machine; resumes; results/main_table/REPORT.md."""
     install(session)

@@ -40,8 +40,7 @@ class Study:
         cells: one row per planned cell: arm, seed, dir, state (done, failed, running, interrupted, missing,
             incomplete), message; of done cells also planned, steps, overshoot, wall_seconds, device,
             spent/<currency>, oracle/<currency>, drawn/<fate>, seconds/<phase>, versions.
-        points: one row per evaluation of a done cell: arm, seed, point, step, final, and the cumulative
-        training
+        points: one row per evaluation of a done cell: arm, seed, point, step, final, and the cumulative training
             spend in every currency.
         evaluations: one row per evaluated item: arm, seed, point, item, family, n samples, c correct.
         steps: one row per training step: arm, seed, step, currencies (cumulative), metric keys.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from benchmark.cli_author import check, new_method
+from benchmark.cli_author import check, complete_method, new_method
 from benchmark.cli_doctor import doctor
 from benchmark.cli_figures import figures
 from benchmark.cli_variance import variance
@@ -45,7 +45,6 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="RolloutBench: which RLVR method is really better at equal compute, by how much, and why.",
@@ -64,7 +63,10 @@ STORE = "sqlite:///mlflow.db"
 
 @app.command()
 def run(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="An arm of `rolloutbench methods`.")],
+    method: Annotated[
+        str,
+        typer.Argument(metavar="METHOD", help="An arm of `rolloutbench methods`.", autocompletion=complete_method),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command there resumes it.")],
     scale: Scale = "small",
     task: Task = None,
