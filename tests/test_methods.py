@@ -39,6 +39,7 @@ CREDIT = {
     "dynamo_compensation": GRPO,
     "dynamo_stabilisation": GRPO,
     "dynamo_readme": GRPO,
+    "dynamo_gradient": GRPO,
     "dynamo_released": GRPO,
     "dr_grpo": [0.75, -0.25, -0.25, -0.25, *DEAD],
     # r minus the mean of the others: 1 - 0, 0 - 1/3

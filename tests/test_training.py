@@ -173,6 +173,10 @@ IDENTITIES = {
         "dynamo",
         {"allocation": {"enabled": False}, "compensation": {"alpha": 0.0}, "stabilisation": {"floor": 1.0}},
     ),
+    "gradient allocation switched off": (
+        "dynamo_gradient",
+        {"allocation": {"enabled": False}},
+    ),
     "allocation with equal bounds": ("dynamo_allocation", {"allocation": {"n_low": 8, "n_high": 8}}),
     "dapo without its parts": (
         "dapo",
