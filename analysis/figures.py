@@ -34,6 +34,11 @@ class Drawn:
     name: str
     caption: str
 
+    def section(self) -> str:
+        """The figure in a report, with its caption and links to the vector files."""
+        links = ", ".join(f"[{suffix}](figures/{self.name}.{suffix})" for suffix in ("svg", "pdf"))
+        return f"![{self.caption}](figures/{self.name}.png)\n\n*{self.caption}* ({links})\n\n"
+
 
 def write_figures(scores: Scores, folder: Path, variance: Mapping[str, Any] | None = None) -> list[Drawn]:
     """Draw what the study has data for, and remove the files of figures that it has none for.

@@ -94,10 +94,10 @@ def _compose(
     drawn: Sequence[Drawn],
 ) -> str:
     shown = {figure.name: figure for figure in drawn}
-    table = {each.name: _table(each) for each in tables}
+    table = {each.name: each.section() for each in tables}
 
     def figure(name: str) -> str:
-        return _figure(shown[name]) if name in shown else ""
+        return shown[name].section() if name in shown else ""
 
     sections = {
         "What is found": findings(frames, budget),
@@ -305,14 +305,3 @@ def _measured_on(where: Sequence[Point]) -> str:
         f"{min(cpu):.0f} to {max(cpu):.0f} CPU-seconds of one core ({min(wall):.0f} to {max(wall):.0f} seconds of wall "
         "time); training and replay are not in this."
     )
-
-
-def _table(table: Table) -> str:
-    links = ", ".join(f"[{suffix}](tables/{table.name}.{suffix})" for suffix in ("csv", "tex"))
-    notes = "".join(f"{note}\n" for note in table.notes)
-    return f"**{table.title}** ({links})\n\n{table.markdown()}\n{notes}\n"
-
-
-def _figure(drawn: Drawn) -> str:
-    links = ", ".join(f"[{suffix}](figures/{drawn.name}.{suffix})" for suffix in ("svg", "pdf"))
-    return f"![{drawn.caption}](figures/{drawn.name}.png)\n\n*{drawn.caption}* ({links})\n\n"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from benchmark.cli_replay import replay
 from benchmark.cli_variance import variance
 from benchmark.errors import InputError
 
@@ -157,6 +158,7 @@ def methods(
     Console().print(table)
 
 
+app.command()(replay)
 app.command()(variance)
 
 
