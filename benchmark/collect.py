@@ -130,20 +130,31 @@ class Collector:
             left -= len(draw.prompts)
             drawn.append(draw)
             if draw.cut:
-                self._charge(step, draw, np.full(len(draw.prompts), "failed", dtype=object))
+                self.charge(step, draw, np.full(len(draw.prompts), "failed", dtype=object))
                 continue
-            mask = self.method.keep(self._groups(draw.rollouts, draw.verdicts, draw.history))
+            mask = self.method.keep(self.groups(draw.rollouts, draw.verdicts, draw.history))
             chosen = torch.nonzero(mask).flatten()[: wanted - have]
             have += len(chosen)
             kept.append((draw, chosen))
             fate = np.where(mask.cpu().numpy(), "overflow", "filtered").astype(object)
             fate[chosen.cpu().numpy()] = "trained"
-            self._charge(step, draw, fate)
+            self.charge(step, draw, fate)
         kept = kept or [(drawn[0], torch.zeros(0, dtype=torch.int64, device=self.clock.device))]
         rollouts = concatenate([d.rollouts.select_prompts(c) for d, c in kept])
         verdicts = [d.verdicts[row] for d, c in kept for row in d.rollouts.rows_of(c).tolist()]
         history = HistoryView.concatenate([d.history.select(c.cpu().numpy()) for d, c in kept])
-        return Batch(rollouts, self._groups(rollouts, verdicts, history), drawn)
+        return Batch(rollouts, self.groups(rollouts, verdicts, history), drawn)
+
+    def exhaust(self, step: int) -> Batch:
+        """Spend the rest of the budget on rollouts that do not train, for an engine that cannot use so few."""
+        weights = self.policy.fused()
+        drawn: list[Draw] = []
+        while self.remaining > 0:
+            draw = self._draw(weights, step, 1)
+            self.charge(step, draw, np.full(len(draw.prompts), "failed", dtype=object))
+            drawn.append(draw)
+        nothing = drawn[0].rollouts.select_prompts(torch.zeros(0, dtype=torch.int64, device=self.clock.device))
+        return Batch(nothing, self.groups(nothing, [], drawn[0].history.select(np.zeros(0, dtype=np.int64))), drawn)
 
     def _draw(self, weights: Weights, step: int, prompts_left: int) -> Draw:
         # A draw ends with its epoch, so that its prompts are distinct.
@@ -236,7 +247,8 @@ class Collector:
             )
         return counts
 
-    def _groups(self, rollouts: Rollouts, verdicts: list[Verdict], history: HistoryView) -> Groups:
+    def groups(self, rollouts: Rollouts, verdicts: list[Verdict], history: HistoryView) -> Groups:
+        """The groups of `rollouts`, as a method sees them."""
         return Groups(
             rollouts.prompt,
             rollouts.prompts,
@@ -247,7 +259,7 @@ class Collector:
             history,
         )
 
-    def _charge(self, step: int, draw: Draw, fate: NDArray[np.object_]) -> None:
+    def charge(self, step: int, draw: Draw, fate: NDArray[np.object_]) -> None:
         """One ledger row per fate; `fate` is per prompt: trained, filtered by the method, overflow, failed (cut)."""
         rollouts = draw.rollouts
         sizes = np.bincount(rollouts.prompt.cpu().numpy(), minlength=len(draw.prompts))

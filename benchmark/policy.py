@@ -89,9 +89,13 @@ class Policy:
         """Id of the end-of-sequence token."""
         return int(self.tokenizer.eos_token_id)
 
+    def render(self, prompt: str) -> str:
+        """The text that the policy reads for a problem."""
+        return prompt
+
     def encode(self, prompts: list[str]) -> list[list[int]]:
         """Token ids of each prompt, without special tokens."""
-        ids: list[list[int]] = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        ids: list[list[int]] = self.tokenizer(list(map(self.render, prompts)), add_special_tokens=False)["input_ids"]
         return ids
 
     def decode(self, tokens: list[list[int]]) -> list[str]:

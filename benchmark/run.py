@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 
-from benchmark import checkpoint, registry
+from benchmark import checkpoint, engine, registry
 from benchmark.clock import Clock
 from benchmark.collect import Batch, Collector, Pool
 from benchmark.config import RunConfig
@@ -168,6 +168,7 @@ class Run:
             self.clock,
             updates=self.updates,
         )
+        self.engine = engine.load(self.method.engine)(self.collector, self.updater)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -189,10 +190,8 @@ class Run:
     def step_once(self) -> None:
         """One training step: collect, update, record."""
         with self.clock.phase("other"):
-            batch = self.collector.collect(self.step)
-            metrics = _rollout_metrics(batch)
-            if len(batch.rollouts):
-                metrics |= self.updater.update(self.step, batch)
+            batch, trained = self.engine.step(self.step)
+            metrics = _rollout_metrics(batch) | trained
             append_rows(
                 self.out / "metrics.jsonl",
                 [{"step": self.step, "cost": self.ledger.spent, "metrics": metrics}],
@@ -290,7 +289,7 @@ class Run:
             "seconds": self.seconds,
             "wall_seconds": self.elapsed + time.time() - self.started,
             "device": self.clock.device.type,
-            "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "rolloutbench")},
+            "versions": {name: version(name) for name in ("torch", "transformers", "trl", "numpy", "rolloutbench")},
         }
         atomic_write_json(self.out / "result.json", result)
         checkpoint.clear(self.out / "checkpoint")
