@@ -88,8 +88,9 @@ class TRL:
 
     def _make(self, prompts: int) -> Any:
         from transformers import PrinterCallback, TrainerCallback
-        from trl import GRPOConfig, GRPOTrainer
         from trl.rewards.other_rewards import get_soft_overlong_punishment
+        from trl.trainer.grpo_config import GRPOConfig
+        from trl.trainer.grpo_trainer import GRPOTrainer
 
         updater, rollout = self.updater, self.collector.config
         optimiser, rows = updater.config, prompts * rollout.rollouts_per_prompt

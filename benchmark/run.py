@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 
-from benchmark import checkpoint, engine, registry
+from benchmark import backend, checkpoint, engine, registry
 from benchmark.clock import Clock
 from benchmark.collect import Batch, Collector, Pool
 from benchmark.config import RunConfig
@@ -122,19 +122,22 @@ class Run:
         device = prepare_machine()
         self.clock = Clock(device)
         self.method = registry.build(config.method.name, config.method.params)
-        policy = Policy.load(ensure_policy(config), device)
+        written = config.policy
+        policy = Policy.load(
+            ensure_policy(config), device, backend=config.backend, template=written.template, lora=written.lora
+        )
         self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
+        self.backend = backend.make(policy, config.backend)
         train, held_out = load_task(config.task)
         self.verifier = Verifier(answer_form=config.task.answer_form)
         pool = Pool.of(train, policy, config.seed, device)
         rollout, evaluation = config.rollout, config.evaluation
         self.evaluator = Evaluator(
             Pool.of(held_out, policy, config.seed, device),
-            policy,
+            self.backend,
             self.verifier,
             rollout.max_tokens,
             evaluation.temperature,
-            device,
         )
         self.budget = Budget(config.budget.currency, config.budget.amount)
         self.history = PromptHistory(len(train), self.method.half_life)
@@ -146,7 +149,7 @@ class Run:
         self.collector = Collector(
             self.method,
             pool,
-            policy,
+            self.backend,
             self.verifier,
             self.history,
             self.ledger,
@@ -158,7 +161,7 @@ class Run:
         )
         self.updater = Updater(
             self.method,
-            policy,
+            self.backend,
             self.optimiser,
             config.optimiser,
             rollout.temperature,

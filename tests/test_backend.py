@@ -1,0 +1,234 @@
+"""The transformers backend against the native one, on models that both know, and what only it can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from pydantic import ValidationError
+from torch import Tensor
+
+from benchmark.backend import Backend, NativeBackend, Request, by_prompts, by_rollouts, make
+from benchmark.backend_transformers import TransformersBackend
+from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig
+from benchmark.errors import InputError
+from benchmark.policy import Policy
+from benchmark.rollouts import Rollouts
+from benchmark.vocabulary import build_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def make_model(kind: str = "qwen2", seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": len(build_tokenizer()),
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": None,  # transformers keeps the input embedding of the padding token from training
+    }
+    if kind == "llama":
+        make_config: Any = transformers.LlamaConfig
+        return transformers.LlamaForCausalLM(make_config(**settings, tie_word_embeddings=False)).float().train()
+    if kind == "qwen3":
+        make_config = transformers.Qwen3Config
+        return transformers.Qwen3ForCausalLM(make_config(**settings, head_dim=8, tie_word_embeddings=True)).float()
+    make_config = transformers.Qwen2Config
+    return transformers.Qwen2ForCausalLM(make_config(**settings, tie_word_embeddings=True)).float().train()
+
+
+def both(kind: str = "qwen2", **settings: Any) -> tuple[NativeBackend, TransformersBackend]:
+    policy = Policy(make_model(kind), build_tokenizer())
+    return (
+        NativeBackend(policy, BackendConfig(**settings)),
+        TransformersBackend(policy, BackendConfig(name="transformers", **settings)),
+    )
+
+
+def request(counts: list[int], temperature: float = 1.0, max_tokens: int = 12) -> Request:
+    random = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 30, (length,), generator=random) for length in (3, 7, 1, 5)]
+    total = sum(counts)
+    keys = np.arange(total, dtype=np.uint64) + np.uint64(17)
+    return Request(prompts, np.array(counts), keys, np.zeros(total, dtype=np.int64), max_tokens, temperature)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+@pytest.mark.parametrize("rows", [3, 256])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_the_same_streams_give_the_same_rollouts_in_both_backends(kind: str, temperature: float, rows: int) -> None:
+    native, other = both(kind, rows_per_decode=rows)
+    asked = request([4, 0, 3, 6], temperature)
+    expected, found = native.generate(asked), other.generate(asked)
+    for name in ("prompt_tokens", "prompt_length", "prompt", "tokens", "length", "finished"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert relative(found.log_prob, expected.log_prob) < 1e-5
+    assert expected.finished.any()
+    assert not expected.finished.all()
+    assert other.usage.tokens_generated == len(found.tokens)
+    assert other.usage.prompt_tokens == 16
+    assert other.usage.requests == 1
+    assert other.policy.model.training
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_scores_and_gradients_are_those_of_the_native_forward(
+    kind: str, temperature: float, checkpointing: bool
+) -> None:
+    native, other = both(kind)
+    if checkpointing:
+        other.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = native.generate(request([4, 0, 3, 6]))
+    random = torch.Generator().manual_seed(5)
+    on_log_prob, on_entropy = torch.randn(2, len(batch.tokens), generator=random)
+    gradients: list[Tensor] = []
+    seen = []
+    for backend in (native, other):
+        backend.policy.model.zero_grad()
+        scored = backend.score(batch, temperature)
+        (on_log_prob * scored.log_prob + on_entropy * scored.entropy).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in backend.policy.model.parameters()]))
+        seen.append(scored)
+    for name in ("log_prob", "entropy", "sum_p2", "sum_p2_log_p"):
+        assert relative(getattr(seen[1], name).detach(), getattr(seen[0], name).detach()) < 1e-5
+    assert relative(gradients[1], gradients[0]) < 1e-4
+
+
+@pytest.mark.parametrize("limit", [1, 20, 30, 1000])
+def test_pieces_hold_every_token_once_in_order_and_keep_to_the_limit(limit: int) -> None:
+    batch = both()[0].generate(request([4, 0, 3, 6]))
+    for cut in (by_prompts, by_rollouts):
+        pieces = cut(batch, limit)
+        assert [begin for _, begin, _ in pieces] == [0, *(end for _, _, end in pieces[:-1])]
+        assert torch.equal(torch.cat([rows.tokens for rows, _, _ in pieces]), batch.tokens)
+        assert torch.equal(torch.cat([rows.log_prob for rows, _, _ in pieces]), batch.log_prob)
+        for rows, _, _ in pieces:
+            size = len(rows.tokens) + len(rows.prompt_tokens)
+            assert size <= limit or (len(rows) == 1 if cut is by_rollouts else rows.prompts == 1)
+    prompts = torch.split(batch.prompt_tokens, batch.prompt_length.tolist())
+    owners = [prompts[p].tolist() for p in batch.prompt.tolist()]
+    read = [
+        ids.tolist()
+        for rows, _, _ in by_rollouts(batch, limit)
+        for ids in torch.split(rows.prompt_tokens, rows.prompt_length.tolist())
+    ]
+    assert read == owners
+
+
+def test_pieces_add_up_to_the_whole_gradient() -> None:
+    backend = both()[1]
+    batch = backend.generate(request([4, 0, 3, 6]))
+    weight = torch.randn(len(batch.tokens), generator=torch.Generator().manual_seed(5))
+
+    def gradient(pieces: list[tuple[Rollouts, int, int]]) -> Tensor:
+        backend.policy.model.zero_grad()
+        for rows, begin, end in pieces:
+            (weight[begin:end] * backend.score(rows, 1.0).log_prob).sum().backward()
+        return torch.cat([p.grad.flatten() for p in backend.policy.model.parameters()])
+
+    assert relative(gradient(by_rollouts(batch, 20)), gradient([(batch, 0, len(batch.tokens))])) < 1e-5
+
+
+def test_an_architecture_that_only_transformers_knows(tmp_path: Path) -> None:
+    policy = Policy(make_model("qwen3"), build_tokenizer())
+    backend = TransformersBackend(policy, BackendConfig(name="transformers"))
+    batch = backend.generate(request([4, 0, 3, 6]))
+    prompts = torch.split(batch.prompt_tokens, batch.prompt_length.tolist())
+    expected = []
+    for p, tokens in zip(batch.prompt.tolist(), torch.split(batch.tokens, batch.length.tolist()), strict=True):
+        sequence = torch.cat([prompts[p], tokens])
+        logits = policy.model(sequence[None]).logits[0, len(prompts[p]) - 1 : -1]
+        expected.append(logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1))
+    assert relative(batch.log_prob, torch.cat(expected).detach()) < 1e-5
+    assert relative(backend.score(batch, 1.0).log_prob.detach(), torch.cat(expected).detach()) < 1e-5
+    policy.model.save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="architecture"):
+        Policy.load(tmp_path, CPU)
+    Policy.load(tmp_path, CPU, backend=BackendConfig(name="transformers"))
+
+
+def test_bfloat16_passes_over_float32_weights() -> None:
+    native, _ = both()
+    policy = native.policy
+    backend = make(policy, BackendConfig(name="transformers", dtype="bfloat16"))
+    assert not backend.exact
+    batch = backend.generate(request([4, 0, 3, 6]))
+    scored, exact = backend.score(batch, 1.0), native.score(batch, 1.0)
+    assert 1e-6 < relative(scored.log_prob.detach(), exact.log_prob.detach()) < 0.05
+    gradients = []
+    for seen in (scored, exact):
+        policy.model.zero_grad()
+        seen.log_prob.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
+    assert relative(gradients[0], gradients[1]) < 0.1
+
+
+def test_adapters_train_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    make_model().save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    config = BackendConfig(name="transformers", gradient_checkpointing=True)
+    policy = Policy.load(tmp_path, CPU, backend=config, lora=LoRAConfig(rank=4))
+    assert policy.parameters()
+    assert all("lora_" in name for name in policy.parameters())
+    backend, plain = make(policy, config), both()[1]
+    batch = backend.generate(request([4, 0, 3, 6]))
+    # Fresh adapters add nothing.
+    plain.policy.model.load_state_dict(transformers.Qwen2ForCausalLM.from_pretrained(tmp_path).state_dict())
+    assert torch.equal(batch.tokens, plain.generate(request([4, 0, 3, 6])).tokens)
+    backend.score(batch, 1.0).log_prob.sum().backward()
+    trained = [name for name, value in policy.model.named_parameters() if value.grad is not None]
+    assert sorted(trained) == sorted(policy.parameters())
+    assert any(float(value.grad.abs().max()) > 0 for value in policy.parameters().values() if value.grad is not None)
+    policy.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"gradient_checkpointing": True}, {"name": "transformer"}])
+def test_what_a_backend_cannot_do_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        BackendConfig(**settings)
+
+
+def test_templates_put_the_problem_and_give_the_answer_its_first_words() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}({{ m.role[0] }}){{ m.content }};{% endfor %}:"
+    plain = Policy(None, tokenizer)
+    assert plain.render("Compute 1+2.") == "Compute 1+2."
+    assert plain.decode([[plain.end]]) == [""]
+    template = TemplateConfig(chat=True, system="s", user="Solve {problem}?", prefix="\\boxed{")
+    chat = Policy(None, tokenizer, template)
+    assert chat.render("1+2") == "(s)s;(u)Solve 1+2?;:\\boxed{"
+    assert chat.decode(tokenizer(["3}"])["input_ids"]) == ["\\boxed{3}"]
+    with pytest.raises(ValidationError):
+        TemplateConfig(user="no problem here")
+
+
+def test_a_head_that_is_more_than_a_matrix_is_refused() -> None:
+    model = make_model()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(InputError, match="head"):
+        make(Policy(model, build_tokenizer()), BackendConfig(name="transformers"))
+
+
+def test_backends_share_one_interface() -> None:
+    assert all(isinstance(backend, Backend) for backend in both())
