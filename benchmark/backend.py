@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -100,6 +101,9 @@ class Backend(ABC):
     def split(self, batch: Rollouts) -> list[Piece]:
         """Consecutive pieces of at most ``config.tokens_per_pass`` tokens each, or of one unit that cannot be cut."""
 
+    def rest(self) -> None:  # noqa: B027 (most share the policy's memory)
+        """No more samples until the next `load_weights`: give memory to the update."""
+
     def close(self) -> None:  # noqa: B027 (most have nothing to release)
         """Release what the sampler holds."""
 
@@ -174,8 +178,8 @@ def by_rollouts(batch: Rollouts, limit: int) -> list[Piece]:
     return [*pieces, (batch.ungrouped(first, len(batch)), begin, end)]
 
 
-def make(policy: Policy, config: BackendConfig) -> Backend:
-    """The backend of `config`.
+def make(policy: Policy, config: BackendConfig, model: str | Path = "") -> Backend:
+    """The backend of `config`; `model` is where the policy was read, for an engine that makes its own copy.
 
     Raises:
         InputError: what it needs is not installed, or it cannot run this model.
@@ -187,5 +191,5 @@ def make(policy: Policy, config: BackendConfig) -> Backend:
     if config.name == "vllm":
         from benchmark.backend_vllm import VLLMBackend
 
-        return VLLMBackend(policy, config)
+        return VLLMBackend(policy, config, str(model))
     return NativeBackend(policy, config)

@@ -41,6 +41,7 @@ class VLLMConfig(Model):
         tensor_parallel: GPUs of an engine in this process.
         max_model_len: longest prompt and answer; the model's own limit by default.
         eager: no CUDA graphs, no compilation.
+        exchange: folder through which weights reach the engine; a server elsewhere needs one on a shared disk.
     """
 
     url: str | None = None
@@ -48,6 +49,7 @@ class VLLMConfig(Model):
     tensor_parallel: Count = 1
     max_model_len: Count | None = None
     eager: bool = False
+    exchange: str | None = None
 
 
 class BackendConfig(Model):

@@ -34,6 +34,7 @@ class Native:
     def step(self, step: int) -> tuple[Batch, dict[str, float]]:
         """Collect, then update if any group trains."""
         batch = self.collector.collect(step)
+        self.collector.backend.rest()
         return batch, self.updater.update(step, batch) if len(batch.rollouts) else {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def run_cell(
     _claim_folder(config, out)
     run = Run(config, out, progress or (lambda _: None))
     try:
-        with run.verifier:
+        with run.verifier, contextlib.closing(run.backend):
             run.execute(should_stop)
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
@@ -85,7 +86,7 @@ def measure_unit_prices(config: RunConfig) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as folder:
         run = Run(config, Path(folder), lambda _: None)
-        with run.verifier:
+        with run.verifier, contextlib.closing(run.backend):
             run.step_once()
             run.step_once()
             training = sum(run.seconds.values())
@@ -122,12 +123,10 @@ class Run:
         device = prepare_machine()
         self.clock = Clock(device)
         self.method = registry.build(config.method.name, config.method.params)
-        written = config.policy
-        policy = Policy.load(
-            ensure_policy(config), device, backend=config.backend, template=written.template, lora=written.lora
-        )
+        written, start = config.policy, ensure_policy(config)
+        policy = Policy.load(start, device, backend=config.backend, template=written.template, lora=written.lora)
         self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
-        self.backend = backend.make(policy, config.backend)
+        self.backend = backend.make(policy, config.backend, start)
         train, held_out = load_task(config.task)
         self.verifier = Verifier(answer_form=config.task.answer_form)
         pool = Pool.of(train, policy, config.seed, device)

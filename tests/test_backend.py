@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,19 @@ from torch import Tensor
 
 from benchmark.backend import Backend, NativeBackend, Request, by_prompts, by_rollouts, make
 from benchmark.backend_transformers import TransformersBackend
-from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig
+from benchmark.backend_vllm import merged
+from benchmark.clock import Clock
+from benchmark.collect import Batch
+from benchmark.config import OptimiserConfig
+from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig, VLLMConfig
 from benchmark.errors import InputError
+from benchmark.groups import Groups
+from benchmark.ledger import Ledger, Prices
 from benchmark.policy import Policy
+from benchmark.registry import build
 from benchmark.rollouts import Rollouts
+from benchmark.update import Updater, make_optimiser
+from benchmark.vllm_server import command
 from benchmark.vocabulary import build_tokenizer
 
 CPU = torch.device("cpu")
@@ -232,3 +243,92 @@ def test_a_head_that_is_more_than_a_matrix_is_refused() -> None:
 
 def test_backends_share_one_interface() -> None:
     assert all(isinstance(backend, Backend) for backend in both())
+
+
+def test_a_missing_vllm_is_told_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(InputError, match="pip install"):
+        make(both()[1].policy, BackendConfig(name="vllm"), "nowhere")
+
+
+def test_a_server_that_is_not_there_is_an_input_error() -> None:
+    config = BackendConfig(name="vllm", vllm=VLLMConfig(url="http://127.0.0.1:9"))
+    with pytest.raises(InputError, match="vllm_server"):
+        make(both()[1].policy, config)
+
+
+def test_the_server_command_lets_the_user_overrule_and_refuses_no_model() -> None:
+    line = command(["model", "--port", "8001", "--host=0.0.0.0"])
+    assert line[3:7] == ["serve", "model", "--port", "8001"]
+    assert "127.0.0.1" not in line
+    assert line[line.index("--logprobs-mode") + 1] == "processed_logprobs"
+    with pytest.raises(InputError):
+        command(["--port", "8001"])
+
+
+def test_a_sampler_gets_merged_adapters_and_plain_names(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    make_model().save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    config = BackendConfig(name="transformers")
+    policy = Policy.load(tmp_path, CPU, backend=config, lora=LoRAConfig(rank=4))
+    plain = make_model()
+    assert merged(policy.model, torch.float32).keys() == dict(plain.named_parameters()).keys()
+    with torch.no_grad():
+        for value in policy.parameters().values():
+            value.add_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(2)))
+    plain.load_state_dict(merged(policy.model, torch.float32), strict=False)
+    asked = request([4, 0, 3, 6])
+    with_adapters = make(policy, config).generate(asked)
+    without = make(Policy(plain, policy.tokenizer), config).generate(asked)
+    assert torch.equal(with_adapters.tokens, without.tokens)
+    assert relative(without.log_prob, with_adapters.log_prob) < 1e-4
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_updates_start_from_the_trainers_log_probabilities_and_correct_for_the_samplers(
+    tmp_path: Path, cap: float | None
+) -> None:
+    gradients, metrics = {}, {}
+    for name in ("exact", "off"):
+        policy = Policy(make_model(), build_tokenizer())
+        backend = NativeBackend(policy, BackendConfig(importance_cap=cap))
+        batch = backend.generate(request([4, 0, 3, 6]))
+        # The sampler gave the first half of the tokens e times less, the others e^-1/2 times, than the trainer.
+        shift = torch.where(torch.arange(len(batch.tokens)) < len(batch.tokens) // 2, 1.0, -0.5)
+        if name == "off":
+            backend.exact = False
+            batch = replace(batch, log_prob=batch.log_prob - shift)
+        reward = (torch.arange(len(batch)) % 2).float()
+        config = OptimiserConfig(minibatches_per_batch=1, gradient_clip=1e9)
+        updater = Updater(
+            build("grpo", {"loss": {"clip": False, "aggregation": "constant_length"}}),
+            backend,
+            make_optimiser(policy, config),
+            config,
+            1.0,
+            0,
+            Ledger(tmp_path / f"{name}.jsonl"),
+            Prices(1),
+            Clock(CPU),
+        )
+        groups = Groups(batch.prompt, batch.prompts, reward, batch.length, ~batch.finished, 12)
+        metrics[name] = updater.update(0, Batch(batch, groups))
+        gradients[name] = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+        assert updater.ledger.spent["tokens_scored"] == (len(batch.tokens) if name == "off" else 0)
+    half = len(shift) // 2
+    assert metrics["off"]["policy/logprob_abs_diff"] == pytest.approx(float(shift.abs().mean()), rel=1e-4)
+    assert metrics["off"]["policy/logprob_abs_diff_max"] == pytest.approx(1.0, rel=1e-4)
+    assert metrics["off"]["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    if cap is None:
+        assert relative(gradients["off"], gradients["exact"]) < 1e-4
+        return
+    assert metrics["off"]["policy/importance_truncated_fraction"] == pytest.approx(half / len(shift))
+    # Weights min(e, 2) = 2 and e^-1/2 on the tokens of the exact gradient.
+    policy = Policy(make_model(), build_tokenizer())
+    seen = NativeBackend(policy, BackendConfig()).score(batch, 1.0)
+    advantage = build("grpo", {}).credit(groups).repeat_interleave(batch.length)
+    weight = torch.where(shift > 0, 2.0, float(np.exp(-0.5))) / (12 * len(batch))
+    (-(weight * advantage * seen.log_prob)).sum().backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    assert relative(gradients["off"], expected) < 1e-4
