@@ -140,7 +140,8 @@ class Method:
     """GRPO's decisions with uniform allocation; subclasses override what they change.
 
     Class attributes describe the arm (`rolloutbench methods`): `family`, `kind`, `changes`, `reference` (arXiv id) and
-    `faithful_to` (what the file follows, and where it deviates).
+    `faithful_to` (what the file follows, and where it deviates). `engine` names who makes its steps, ``module:Class``
+    (`benchmark.engine`).
     """
 
     family: ClassVar[str] = ""
@@ -148,6 +149,7 @@ class Method:
     changes: ClassVar[tuple[Change, ...]] = ()
     reference: ClassVar[str] = ""
     faithful_to: ClassVar[str] = ""
+    engine: ClassVar[str] = "benchmark.engine:Native"
 
     loss: Loss = field(default_factory=Loss)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from benchmark import checkpoint, registry
+from benchmark import backend, checkpoint, engine, registry
 from benchmark.clock import Clock
 from benchmark.collect import Batch, Collector, Pool
 from benchmark.config import RunConfig
@@ -68,7 +69,7 @@ def run_cell(
     _claim_folder(config, out)
     run = Run(config, out, progress or (lambda _: None))
     try:
-        with run.verifier:
+        with run.verifier, contextlib.closing(run.backend):
             run.execute(should_stop)
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
@@ -85,7 +86,7 @@ def measure_unit_prices(config: RunConfig) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as folder:
         run = Run(config, Path(folder), lambda _: None)
-        with run.verifier:
+        with run.verifier, contextlib.closing(run.backend):
             run.step_once()
             run.step_once()
             training = sum(run.seconds.values())
@@ -122,19 +123,20 @@ class Run:
         device = prepare_machine()
         self.clock = Clock(device)
         self.method = registry.build(config.method.name, config.method.params)
-        policy = Policy.load(ensure_policy(config), device)
+        written, start = config.policy, ensure_policy(config)
+        policy = Policy.load(start, device, backend=config.backend, template=written.template, lora=written.lora)
         self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
+        self.backend = backend.make(policy, config.backend, start)
         train, held_out = load_task(config.task)
         self.verifier = Verifier(answer_form=config.task.answer_form)
         pool = Pool.of(train, policy, config.seed, device)
         rollout, evaluation = config.rollout, config.evaluation
         self.evaluator = Evaluator(
             Pool.of(held_out, policy, config.seed, device),
-            policy,
+            self.backend,
             self.verifier,
             rollout.max_tokens,
             evaluation.temperature,
-            device,
         )
         self.budget = Budget(config.budget.currency, config.budget.amount)
         self.history = PromptHistory(len(train), self.method.half_life)
@@ -146,7 +148,7 @@ class Run:
         self.collector = Collector(
             self.method,
             pool,
-            policy,
+            self.backend,
             self.verifier,
             self.history,
             self.ledger,
@@ -158,7 +160,7 @@ class Run:
         )
         self.updater = Updater(
             self.method,
-            policy,
+            self.backend,
             self.optimiser,
             config.optimiser,
             rollout.temperature,
@@ -168,6 +170,7 @@ class Run:
             self.clock,
             updates=self.updates,
         )
+        self.engine = engine.load(self.method.engine)(self.collector, self.updater)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -189,10 +192,8 @@ class Run:
     def step_once(self) -> None:
         """One training step: collect, update, record."""
         with self.clock.phase("other"):
-            batch = self.collector.collect(self.step)
-            metrics = _rollout_metrics(batch)
-            if len(batch.rollouts):
-                metrics |= self.updater.update(self.step, batch)
+            batch, trained = self.engine.step(self.step)
+            metrics = _rollout_metrics(batch) | trained
             append_rows(
                 self.out / "metrics.jsonl",
                 [{"step": self.step, "cost": self.ledger.spent, "metrics": metrics}],
@@ -290,7 +291,7 @@ class Run:
             "seconds": self.seconds,
             "wall_seconds": self.elapsed + time.time() - self.started,
             "device": self.clock.device.type,
-            "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "rolloutbench")},
+            "versions": {name: version(name) for name in ("torch", "transformers", "trl", "numpy", "rolloutbench")},
         }
         atomic_write_json(self.out / "result.json", result)
         checkpoint.clear(self.out / "checkpoint")
