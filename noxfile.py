@@ -125,6 +125,13 @@ def variance(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def figures(session: nox.Session) -> None:
+    """Paper figures from the notebooks, of every study there are results of; results/figures/."""
+    install(session, "figures")
+    session.run("rolloutbench", "figures", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
 def dashboard(session: nox.Session) -> None:
     """The MLflow interface on 127.0.0.1 (options behind `--`, for instance `--port 5001`)."""
     install_tool(session, "mlflow")

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from benchmark.cli_author import check, new_method
+from benchmark.cli_doctor import doctor
+from benchmark.cli_figures import figures
 from benchmark.cli_replay import replay
 from benchmark.cli_variance import variance
 from benchmark.errors import InputError
@@ -160,6 +163,10 @@ def methods(
 
 app.command()(replay)
 app.command()(variance)
+app.command()(figures)
+app.command()(check)
+app.command()(new_method)
+app.command()(doctor)
 
 
 @app.command()

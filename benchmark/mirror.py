@@ -32,6 +32,8 @@ from benchmark.mirror_store import Store, redact
 
 STATE = "mlflow_state.json"
 LOCK = ".mlflow_state.lock"
+RECORDS = ("evaluation.jsonl", "metrics.jsonl", "allocation.jsonl", "timings.jsonl", "result.json")
+"""What tables are made of: kept with a finished run, so that `analysis.from_mlflow` needs nothing else."""
 _log = logging.getLogger("rolloutbench.mirror")
 
 
@@ -258,6 +260,9 @@ class Mirror:
         if points:
             store.send(run.run_id, fresh(points, store.last_steps(run.run_id)))
         run.cursors = cursors
+        if status.name == "FINISHED" != run.status:
+            for name in RECORDS:
+                store.artifact(run.run_id, cell.folder / name)
         if status.name != run.status:
             if status.message:
                 store.tag(run.run_id, {"message": status.message})

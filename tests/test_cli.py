@@ -23,7 +23,19 @@ from benchmark.config import RunConfig
 from benchmark.jsonl import atomic_write_json
 
 ROOT = Path(benchmark.__path__[0]).parent
-COMMANDS = ["run", "study", "methods", "warmup", "report", "status", "mirror", "variance"]
+COMMANDS = [
+    "run",
+    "study",
+    "methods",
+    "warmup",
+    "report",
+    "status",
+    "mirror",
+    "variance",
+    "check",
+    "new-method",
+    "doctor",
+]
 
 
 def call(*arguments: str | Path) -> Result:
