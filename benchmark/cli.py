@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from benchmark.cli_compare import compare
 from benchmark.cli_variance import variance
 from benchmark.errors import InputError
 
@@ -158,6 +159,7 @@ def methods(
 
 
 app.command()(variance)
+app.command()(compare)
 
 
 @app.command()
