@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from benchmark import streams
 from benchmark.collect import Pool
 from benchmark.decode import generate
 from benchmark.policy import Policy
+from benchmark.rollouts import Rollouts
 from benchmark.verdict import Verdict
 from benchmark.verifier import Verifier
 
@@ -34,8 +36,14 @@ class Evaluator:
     temperature: float
     device: torch.device
 
-    def evaluate(self, samples: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        """Rows ``{"item", "family", "n", "c", "tokens", "verdicts"}`` per item, and the spend by currency."""
+    def evaluate(
+        self, samples: int, watch: Callable[[list[int], Rollouts, list[Verdict]], None] | None = None
+    ) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """Rows ``{"item", "family", "n", "c", "tokens", "verdicts"}`` per item, and the spend by currency.
+
+        Args:
+            watch: called with each chunk: numbers of its items, and `samples` rollouts of each with their verdicts.
+        """
         rows: list[dict[str, Any]] = []
         spent = {"rollouts": 0, "prompt_tokens": 0, "tokens_generated": 0}
         weights = self.policy.fused()
@@ -57,6 +65,8 @@ class Evaluator:
             golds = [self.pool.items[i].answer for i in items for _ in range(samples)]
             texts = self.policy.decode(rollouts.texts())
             verdicts = self.verifier.verify_rollouts(golds, texts, rollouts.finished.tolist())
+            if watch is not None:
+                watch(items, rollouts, verdicts)
             lengths = rollouts.length.view(len(items), samples).sum(1).tolist()
             for place, i in enumerate(items):
                 count = Counter(verdicts[place * samples : (place + 1) * samples])

@@ -18,6 +18,7 @@ from benchmark.method import Loss, Method, TokenCredit, Tokens
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts
 from benchmark.scoring import TokenStatistics, score
+from benchmark.trace import Trace
 
 
 class NumericalError(FloatingPointError):
@@ -74,6 +75,7 @@ class Updater:
     clock: Clock
     tokens_per_pass: int = 65_536  # tokens whose activations are held at a time
     updates: int = 0
+    trace: Trace | None = None
 
     def update(self, step: int, batch: Batch) -> dict[str, float]:
         """Train on `batch`; returns metrics of the step.
@@ -82,6 +84,8 @@ class Updater:
             NumericalError: a loss or gradient norm is NaN or infinite.
         """
         advantage = self.method.credit(batch.groups)
+        if self.trace is not None:
+            self.trace.begin(step, batch)
         metrics = Averages()
         trained = 0
         for epoch in range(self.config.epochs):
@@ -90,16 +94,17 @@ class Updater:
                 part = batch.rollouts.select_prompts(prompts)
                 if len(part) == 0:
                     continue
-                self._minibatch(
-                    step, part, advantage[batch.rollouts.rows_of(prompts)], batch.groups.max_tokens, metrics
-                )
+                own = advantage[batch.rollouts.rows_of(prompts)]
+                self._minibatch(step, prompts, part, own, batch.groups.max_tokens, metrics)
                 trained += len(part.tokens)
         prompt_tokens = int(batch.rollouts.prompt_length.sum()) * self.config.epochs
         both = self.prices.forward(trained + prompt_tokens) + self.prices.backward(trained + prompt_tokens)
         self.ledger.charge(step, "backprop", tokens_backpropagated=trained, flops=both)
         return metrics.read()
 
-    def _minibatch(self, step: int, part: Rollouts, advantage: Tensor, max_tokens: int, metrics: Averages) -> None:
+    def _minibatch(
+        self, step: int, prompts: Tensor, part: Rollouts, advantage: Tensor, max_tokens: int, metrics: Averages
+    ) -> None:
         pieces = self._split(part)
         rollout = torch.repeat_interleave(torch.arange(len(part), device=part.tokens.device), part.length)
         advantage = advantage[rollout]
@@ -129,7 +134,10 @@ class Updater:
             total += loss.detach()
             scored.append(_join([piece]))
         self._step(step, total, metrics)
-        _observe(_join(scored), part.log_prob, advantage, credit, self.method.loss, metrics)
+        whole = _join(scored)
+        _observe(whole, part.log_prob, advantage, credit, self.method.loss, metrics)
+        if self.trace is not None:
+            self.trace.observe(prompts, part, whole, advantage, credit)
 
     def _score(self, rows: Rollouts) -> TokenStatistics:
         with self.clock.phase("forward"):
