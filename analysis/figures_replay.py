@@ -60,7 +60,7 @@ def allocators(found: Findings) -> Figure:
 
 def success_rate(found: Findings) -> Figure:
     """Success rate of all prompts by visit."""
-    figure = new_figure(2.0, 3.4)
+    figure = new_figure(2.0)
     axis = figure.subplots()
     axis.plot(range(1, len(found.drift) + 1), found.drift, color="#0072B2")
     axis.set_xlabel("visit")

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from benchmark.cli_author import check, new_method
+from benchmark.cli_compare import compare
 from benchmark.cli_doctor import doctor
 from benchmark.cli_figures import figures
 from benchmark.cli_replay import replay
@@ -167,6 +168,7 @@ app.command()(figures)
 app.command()(check)
 app.command()(new_method)
 app.command()(doctor)
+app.command()(compare)
 
 
 @app.command()

@@ -85,11 +85,17 @@ class Draw:
 
 @dataclass(frozen=True)
 class Batch:
-    """What trains in this step, and the whole of what was drawn for it."""
+    """What trains in this step, and the whole of what was drawn for it.
+
+    Attributes:
+        prompts: pool positions of the groups that train, (P,). verdicts: one per rollout that trains.
+    """
 
     rollouts: Rollouts
     groups: Groups
     drawn: list[Draw] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
 
 
 @dataclass
@@ -147,7 +153,8 @@ class Collector:
         rollouts = concatenate([d.rollouts.select_prompts(c) for d, c in kept])
         verdicts = [d.verdicts[row] for d, c in kept for row in d.rollouts.rows_of(c).tolist()]
         history = HistoryView.concatenate([d.history.select(c.cpu().numpy()) for d, c in kept])
-        return Batch(rollouts, self.groups(rollouts, verdicts, history), drawn)
+        prompts = [d.prompts[p] for d, c in kept for p in c.tolist()]
+        return Batch(rollouts, self.groups(rollouts, verdicts, history), drawn, prompts, verdicts)
 
     def exhaust(self, step: int) -> Batch:
         """Spend the rest of the budget on rollouts that do not train, for an engine that cannot use so few."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from benchmark.backend import Backend, Request
 from benchmark.collect import Pool
+from benchmark.rollouts import Rollouts
 from benchmark.verdict import Verdict
 from benchmark.verifier import Verifier
 
@@ -30,8 +32,14 @@ class Evaluator:
     max_tokens: int
     temperature: float
 
-    def evaluate(self, samples: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        """Rows ``{"item", "family", "n", "c", "tokens", "verdicts"}`` per item, and the spend by currency."""
+    def evaluate(
+        self, samples: int, watch: Callable[[list[int], Rollouts, list[Verdict]], None] | None = None
+    ) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """Rows ``{"item", "family", "n", "c", "tokens", "verdicts"}`` per item, and the spend by currency.
+
+        Args:
+            watch: called with each chunk: numbers of its items, and `samples` rollouts of each with their verdicts.
+        """
         rows: list[dict[str, Any]] = []
         spent = {"rollouts": 0, "prompt_tokens": 0, "tokens_generated": 0}
         self.backend.load_weights()
@@ -46,6 +54,8 @@ class Evaluator:
             golds = [self.pool.items[i].answer for i in items for _ in range(samples)]
             texts = self.backend.policy.decode(rollouts.texts())
             verdicts = self.verifier.verify_rollouts(golds, texts, rollouts.finished.tolist())
+            if watch is not None:
+                watch(items, rollouts, verdicts)
             lengths = rollouts.length.view(len(items), samples).sum(1).tolist()
             for place, i in enumerate(items):
                 count = Counter(verdicts[place * samples : (place + 1) * samples])

@@ -113,3 +113,10 @@ class Policy:
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return [self.template.prefix + text for text in texts]
+
+    def pieces(self, tokens: list[int]) -> list[str]:
+        """Text of each token by itself, special tokens by name."""
+        texts: list[str] = self.tokenizer.batch_decode(
+            [[token] for token in tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return texts

@@ -23,16 +23,17 @@ from benchmark.errors import InputError
 from benchmark.evaluation import Evaluator
 from benchmark.groups import segment_sum
 from benchmark.history import PromptHistory
-from benchmark.jsonl import append_rows, atomic_write_json, atomic_write_text
+from benchmark.jsonl import append_rows, atomic_write_json, atomic_write_text, read_rows
 from benchmark.ledger import UNCHARGED_PHASES, Budget, Ledger, Prices
 from benchmark.policy import Policy, prepare_machine
 from benchmark.problems import load_task
+from benchmark.trace import EvaluationTrace, Trace
 from benchmark.update import Updater, make_optimiser
 from benchmark.verdict import Verdict
 from benchmark.verifier import Verifier
 from benchmark.warmup import ensure_policy
 
-RECORDS = ("ledger.jsonl", "timings.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl")
+RECORDS = ("ledger.jsonl", "timings.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl", "traces.jsonl")
 
 
 class Interrupted(Exception):  # noqa: N818 - a request that was met, not a fault
@@ -144,6 +145,7 @@ class Run:
         self.step, self.points, self.elapsed = 0, 0, 0.0
         self.seconds: dict[str, float] = {}
         self.ledger = Ledger(out / "ledger.jsonl")
+        self.trace = Trace(policy, train)
         self._resume()
         self.collector = Collector(
             self.method,
@@ -169,6 +171,7 @@ class Run:
             self.prices,
             self.clock,
             updates=self.updates,
+            trace=self.trace,
         )
         self.engine = engine.load(self.method.engine)(self.collector, self.updater)
 
@@ -194,6 +197,8 @@ class Run:
         with self.clock.phase("other"):
             batch, trained = self.engine.step(self.step)
             metrics = _rollout_metrics(batch) | trained
+            if trained and _size(self.out / "traces.jsonl") == 0:
+                append_rows(self.out / "traces.jsonl", self.trace.rows)
             append_rows(
                 self.out / "metrics.jsonl",
                 [{"step": self.step, "cost": self.ledger.spent, "metrics": metrics}],
@@ -205,16 +210,26 @@ class Run:
 
     def _evaluate(self, *, final: bool) -> None:
         samples = self.config.evaluation.final_samples if final else self.config.evaluation.samples
+        watch = EvaluationTrace(self.backend, self.evaluator.pool.items, self.step, self.config.evaluation.temperature)
         with self.clock.phase("evaluate"):
-            rows, spent = self.evaluator.evaluate(samples)
-        tokens = spent["prompt_tokens"] + spent["tokens_generated"]
-        self.ledger.charge(self.step, "evaluation", None, flops=self.prices.forward(tokens), **spent)
+            rows, spent = self.evaluator.evaluate(samples, watch if final else None)
+            if final:
+                self._write_traces(watch.rows)
+        read = spent["prompt_tokens"] + spent["tokens_generated"] + watch.read
+        flops = self.prices.forward(read)
+        self.ledger.charge(self.step, "evaluation", None, tokens_scored=watch.tokens, flops=flops, **spent)
         head = {"point": self.points, "step": self.step, "final": final, "cost": dict(self.ledger.spent)}
         append_rows(self.out / "evaluation.jsonl", [head | row for row in rows])
         accuracy = sum(row["c"] / row["n"] for row in rows) / len(rows)
         self.points += 1
         self.report("running", f"evaluated: pass@1 {accuracy:.3f}")
         self._time({"step": self.step, "point": self.points - 1})
+
+    def _write_traces(self, evaluated: list[dict[str, Any]]) -> None:
+        """The newest update's rows, unless it was the first as well, and the evaluation's."""
+        path, last = self.out / "traces.jsonl", self.trace.rows
+        first = read_rows(path)[0]
+        append_rows(path, [row for row in last if row["step"] != first[0]["step"]] + evaluated)
 
     def _time(self, where: dict[str, int]) -> None:
         taken = self.clock.take()
@@ -234,6 +249,7 @@ class Run:
             "elapsed": self.elapsed + time.time() - self.started,
             "seconds": self.seconds,
             "ledger": self.ledger.state(),
+            "trace": self.trace.rows,
             "records": {name: _size(self.out / name) for name in RECORDS},
         }
         history = torch.from_numpy(self.history.counts)
@@ -244,12 +260,13 @@ class Run:
         state = checkpoint.latest(self.out / "checkpoint")
         self.place = self.updates = 0
         for name in RECORDS:
-            _truncate(self.out / name, 0 if state is None else state["records"][name])
+            _truncate(self.out / name, 0 if state is None else state["records"].get(name, 0))
         if state is None:
             return
         self.history.counts = checkpoint.load(self.out / "checkpoint", state, self.policy, self.optimiser).numpy()
         self.step, self.place, self.points = state["step"], state["place"], state["points"]
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]
+        self.trace.restore(state.get("trace", []))
         self.ledger = Ledger.restore(self.out / "ledger.jsonl", state["ledger"])
 
     def report(self, state: str, message: str) -> None:

@@ -19,6 +19,7 @@ from benchmark.method import Loss, Method, TokenCredit, Tokens
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts, ragged_index
 from benchmark.scoring import TokenStatistics
+from benchmark.trace import Trace
 
 
 class NumericalError(FloatingPointError):
@@ -74,6 +75,7 @@ class Updater:
     prices: Prices
     clock: Clock
     updates: int = 0
+    trace: Trace | None = None
 
     def update(self, step: int, batch: Batch) -> dict[str, float]:
         """Train on `batch`; returns metrics of the step.
@@ -82,6 +84,8 @@ class Updater:
             NumericalError: a loss or gradient norm is NaN or infinite.
         """
         advantage = self.method.credit(batch.groups)
+        if self.trace is not None:
+            self.trace.begin(step, batch)
         metrics = Averages()
         trained = 0
         rollouts, correction = batch.rollouts, None
@@ -95,7 +99,7 @@ class Updater:
                     continue
                 rows = rollouts.rows_of(prompts)
                 weight = None if correction is None else correction[ragged_index(rows, rollouts.length)]
-                self._minibatch(step, part, advantage[rows], weight, batch.groups.max_tokens, metrics)
+                self._minibatch(step, prompts, part, advantage[rows], weight, batch.groups.max_tokens, metrics)
                 trained += len(part.tokens)
         prompt_tokens = int(batch.rollouts.prompt_length.sum()) * self.config.epochs
         both = self.prices.forward(trained + prompt_tokens) + self.prices.backward(trained + prompt_tokens)
@@ -122,6 +126,7 @@ class Updater:
     def _minibatch(
         self,
         step: int,
+        prompts: Tensor,
         part: Rollouts,
         advantage: Tensor,
         correction: Tensor | None,
@@ -159,7 +164,10 @@ class Updater:
             total += loss.detach()
             scored.append(_join([piece]))
         self._step(step, total, metrics)
-        _observe(_join(scored), part.log_prob, advantage, credit, self.method.loss, metrics)
+        whole = _join(scored)
+        _observe(whole, part.log_prob, advantage, credit, self.method.loss, metrics)
+        if self.trace is not None:
+            self.trace.observe(prompts, part, whole, advantage, credit)
 
     def _score(self, rows: Rollouts) -> TokenStatistics:
         with self.clock.phase("forward"):

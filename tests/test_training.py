@@ -22,7 +22,7 @@ from benchmark.run import Interrupted, run_cell
 from benchmark.verdict import Verdict
 from benchmark.warmup import warm_up
 
-DETERMINISTIC = ("ledger.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl")
+DETERMINISTIC = ("ledger.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl", "traces.jsonl")
 MIX = [{"family": "chain_sum", "num_terms": [2, 2], "num_digits": [1, 1]}]
 
 
