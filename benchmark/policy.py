@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from benchmark.errors import StorageError, storing
+from benchmark.jsonl import PARTIAL, sync_folder
 from benchmark.transformer import Shape, Weights, fuse
 
 
@@ -47,7 +52,7 @@ class Policy:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device) -> Policy:
-        """Read a local folder or a hub id.
+        """Read a local folder or a hub id: safetensors weights only, since a pickle can hold code.
 
         Raises:
             InputError: the architecture is not supported.
@@ -58,15 +63,32 @@ class Policy:
         quiet: Any = logging.disable_progress_bar
         quiet()  # seconds of work; the run has its own bar
 
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
         model.to(device)
         Shape.of(model.config)
         return cls(model.train(), AutoTokenizer.from_pretrained(path))
 
     def save(self, path: Path) -> None:
-        """Write model (safetensors) and tokenizer as a transformers folder."""
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        """Write model (safetensors) and tokenizer as a transformers folder, which is there whole or not at all.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        partial = path.with_name(f".{path.name}{PARTIAL}")
+        with storing(path):
+            for old in (partial, path):
+                shutil.rmtree(old, ignore_errors=True)
+            try:
+                self.model.save_pretrained(partial)
+                self.tokenizer.save_pretrained(partial)
+            except SafetensorError as error:  # how safetensors says that the disk is full
+                raise StorageError(path, str(error), "Free some space; the same command then goes on") from error
+            for file in partial.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            sync_folder(partial)
+            partial.replace(path)
+            sync_folder(path.parent)
 
     def fused(self) -> Weights:
         """Fused weights; differentiable under autograd."""
