@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -17,7 +18,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmark.errors import InputError, StorageError, storing
+from benchmark.machine import machine
 
 Row = dict[str, Any]
 PARTIAL = ".partial"
@@ -174,13 +178,18 @@ def atomic_write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: it cannot be written; the old content is still there.
     """
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by `data`, as `atomic_write_text` does."""
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text.encode())
+        _replace(path, data)
 
 
 def _replace(path: Path, data: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_writer()}-", suffix=PARTIAL)
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -195,9 +204,17 @@ def _replace(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def clear_partial(folder: Path) -> None:
-    """Remove what killed processes had not finished writing in `folder`; only for its one owner."""
+def _writer() -> str:
+    return f"{hashlib.sha256(machine().encode()).hexdigest()[:8]}-{os.getpid()}"
+
+
+def clear_partial(folder: Path, *, owned: bool = False) -> None:
+    """Remove what dead processes of this machine left half written in `folder`; what anyone left, if it is `owned`."""
     for path in folder.glob(f".*{PARTIAL}"):
+        writer = re.search(r"\.([0-9a-f]{8})-(\d{1,9})-[^.]*\.partial$", path.name)
+        dead = writer is not None and writer[1] == _writer()[:8] and not psutil.pid_exists(int(writer[2]))
+        if not (owned or dead):
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:

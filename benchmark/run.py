@@ -74,7 +74,7 @@ def run_cell(
     """
     with storing(out):
         out.mkdir(parents=True, exist_ok=True)
-        clear_partial(out)
+        clear_partial(out, owned=True)
     if (out / "result.json").exists():
         checkpoint.clear(out / "checkpoint")  # left by a process killed just after its last file
         return

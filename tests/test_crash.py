@@ -41,8 +41,16 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "policy")
 
 
-def crash(policy: str, out: Path, kills: int, seed: int) -> dict[str, Any]:
-    command = [sys.executable, str(ROOT / "tests" / "crash_driver.py"), policy, str(out), str(kills), str(seed)]
+def crash(policy: str, out: Path, kills: int, seed: int, figures: bool) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "crash_driver.py"),
+        policy,
+        str(out),
+        str(kills),
+        str(seed),
+        str(int(figures)),
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
     )
@@ -54,17 +62,17 @@ def crash(policy: str, out: Path, kills: int, seed: int) -> dict[str, Any]:
 def test_a_few_kills_leave_no_trace(
     policy: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    found = crash(policy, tmp_path / "out", 6, seed=0)
+    found = crash(policy, tmp_path / "out", 12, seed=0, figures=False)
     record_property("crashes", found)
     assert (found["unequal"], found["failed"]) == ([], [])
-    assert sum(found["kills"].values()) == 6
+    assert sum(found["kills"].values()) == 12
 
 
 @pytest.mark.slow
 def test_a_hundred_kills_leave_no_trace(
     policy: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    found = crash(policy, tmp_path / "out", 100, seed=1)
+    found = crash(policy, tmp_path / "out", 100, seed=1, figures=True)
     record_property("crashes", found)
     print(json.dumps(found))
     assert (found["unequal"], found["failed"]) == ([], [])
