@@ -20,7 +20,7 @@ from benchmark.cli_doctor import doctor
 from benchmark.cli_figures import figures
 from benchmark.cli_replay import replay
 from benchmark.cli_variance import variance
-from benchmark.errors import InputError
+from benchmark.errors import REMEDIES, InputError, RunError, storage_error
 
 if TYPE_CHECKING:
     from benchmark.compose import Plan
@@ -39,6 +39,14 @@ class _Group(TyperGroup):
         except InputError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(BAD_INPUT) from None
+        except RunError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(FAILED) from None
+        except OSError as error:
+            if error.errno not in REMEDIES:
+                raise
+            typer.echo(f"error: {storage_error(error)}", err=True)
+            raise typer.Exit(FAILED) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -116,7 +124,6 @@ def study(
     """
     from benchmark.compose import compose_study
     from benchmark.study import run_study
-    from benchmark.workers import WorkersFailedError
 
     _one_thread()
     plan = compose_study(file, scale=scale, seeds=seeds, options=[*_budget(budget), *(options or [])])
@@ -124,12 +131,7 @@ def study(
     if dry_run:
         _show_plan(plan, folder, workers)
         return
-    try:
-        outcome = run_study(plan, folder, workers=workers, tracking_uri=tracking_uri if mlflow else None)
-    except WorkersFailedError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(FAILED) from None
-    _finish(outcome, folder)
+    _finish(run_study(plan, folder, workers=workers, tracking_uri=tracking_uri if mlflow else None), folder)
     typer.echo(f"done: {folder / 'REPORT.md'}")
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig
+from benchmark.errors import StorageError, storing
+from benchmark.jsonl import PARTIAL, sync_folder
 from benchmark.pretrained import load_model, render
 from benchmark.transformer import Shape, Weights, fuse
 
@@ -59,7 +64,7 @@ class Policy:
         template: TemplateConfig | None = None,
         lora: LoRAConfig | None = None,
     ) -> Policy:
-        """Read a local folder or a hub id.
+        """Read a local folder or a hub id: safetensors weights only, since a pickle can hold code.
 
         Raises:
             InputError: there is no such model, or the backend does not know its architecture.
@@ -73,9 +78,26 @@ class Policy:
         return cls(model, AutoTokenizer.from_pretrained(path), template or TemplateConfig())
 
     def save(self, path: Path) -> None:
-        """Write model (safetensors) and tokenizer as a transformers folder."""
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        """Write model (safetensors) and tokenizer as a transformers folder, which is there whole or not at all.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        partial = path.with_name(f".{path.name}{PARTIAL}")
+        with storing(path):
+            for old in (partial, path):
+                shutil.rmtree(old, ignore_errors=True)
+            try:
+                self.model.save_pretrained(partial)
+                self.tokenizer.save_pretrained(partial)
+            except SafetensorError as error:  # how safetensors says that the disk is full
+                raise StorageError(path, str(error), "Free some space; the same command then goes on") from error
+            for file in partial.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            sync_folder(partial)
+            partial.replace(path)
+            sync_folder(path.parent)
 
     def fused(self) -> Weights:
         """Fused weights; differentiable under autograd."""

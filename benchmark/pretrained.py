@@ -97,7 +97,7 @@ def load_model(path: str | Path, device: torch.device, backend: BackendConfig, l
     quiet: Any = logging.disable_progress_bar
     quiet()  # seconds of work; the run has its own bar
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     except OSError as error:
         remedy = f"Give a transformers folder or a hub id that can be reached, or set {MODELS} to a folder of models"
         raise InputError(f"no model there ({error})", key="policy.path", value=str(path), remedy=remedy) from error
