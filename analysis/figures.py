@@ -34,6 +34,11 @@ class Drawn:
     name: str
     caption: str
 
+    def section(self) -> str:
+        """The figure in a report, with its caption and links to the vector files."""
+        links = ", ".join(f"[{suffix}](figures/{self.name}.{suffix})" for suffix in ("svg", "pdf"))
+        return f"![{self.caption}](figures/{self.name}.png)\n\n*{self.caption}* ({links})\n\n"
+
 
 Plans = Mapping[str, Callable[[], "Figure | None"]]
 """How to draw each figure, by name; a figure there is no data for is None."""

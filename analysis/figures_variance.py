@@ -29,6 +29,7 @@ STYLES = {
     "gvm": Style("#117733", "^", SOLID),
     "knapsack": Style("#882255", "v", SOLID),
     "cures": Style("#8A8A1F", "P", SOLID),
+    "gradient": Style("#00A87A", "h", SOLID),
     "oracle_p": Style("#AA4499", "X", DOTTED),
     "oracle_variance": Style("#332288", "*", DOTTED),
     "oracle_unbounded": Style("#4BA3D9", "*", DASHED),
@@ -153,7 +154,7 @@ def along_training(frame: pd.DataFrame, budget: int) -> Figure:
     figure = new_figure(4.3)
     grid = figure.subplots(2, len(kinds), sharex=True, sharey="row", squeeze=False)
     shown = [
-        name for name in ("dynamo_released", "neyman", "oracle_p", "oracle_variance") if name in set(mine["allocator"])
+        name for name in ("dynamo_released", "neyman", "gradient", "oracle_variance") if name in set(mine["allocator"])
     ]
     for c, kind in enumerate(kinds):
         top, bottom = grid[0][c], grid[1][c]

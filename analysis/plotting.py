@@ -8,10 +8,12 @@ import contextlib
 import textwrap
 from collections.abc import Iterator
 from contextvars import ContextVar
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.formatting import amount, currency_name
+from benchmark.jsonl import atomic_write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,8 +131,9 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write ``<folder>/<name>.{svg,pdf,png}``; call it inside `theme`."""
     paths = [folder / f"{name}.{suffix}" for suffix in FORMATS]
     for path in paths:
-        kind = path.suffix[1:]
-        figure.savefig(path, format=kind, metadata=_METADATA[kind])
+        kind, drawn = path.suffix[1:], BytesIO()
+        figure.savefig(drawn, format=kind, metadata=_METADATA[kind])
+        atomic_write_bytes(path, drawn.getvalue())
     return paths
 
 

@@ -26,7 +26,7 @@ from analysis.table_spend import cost_table, ranking_table, rollouts_table, seco
 from analysis.table_variance import variance_table
 from analysis.tables import Table
 from benchmark.errors import InputError
-from benchmark.jsonl import atomic_write_text
+from benchmark.jsonl import atomic_write_text, clear_partial
 
 TABLES, FIGURES = "tables", "figures"
 
@@ -61,6 +61,8 @@ def write_report(study_dir: Path, readme: Path | None = None) -> Path:
     tables = {table.name: table for table in _tables(scores, answers, differences, variance)}
     folder = study_dir / TABLES
     folder.mkdir(exist_ok=True)
+    for written_to in (study_dir, folder, study_dir / FIGURES):
+        clear_partial(written_to)
     for written in [path for suffix in ("md", "csv", "tex") for path in folder.glob(f"*.{suffix}")]:
         if written.stem not in tables:
             written.unlink()

@@ -83,13 +83,12 @@ def arm_page(name: str, cls: griffe.Class) -> Iterator[str]:
     """Lines of an arm's page: what it is, its labels, its equations, its parameters, its code."""
     yield f"# {name}\n"
     yield f"{_text(cls)}\n"
-    yield "| | |\n|---|---|"
     for label in LABELS:
         value = _literal(cls, label)
         shown = ", ".join(value) if isinstance(value, tuple) else str(value or "")
         if label == "reference":
             shown = ARXIV.sub(lambda m: f"[arXiv {m[0]}](https://arxiv.org/abs/{m[0]})", shown)
-        yield f"| {label.replace('_', ' ')} | {shown or 'none: this is the reference'} |"
+        yield f"- **{label.replace('_', ' ')}:** {shown or 'nothing'}"
     yield f"\n## Equations and where it deviates\n\nFrom `{Path(str(cls.relative_filepath)).as_posix()}`:\n"
     yield f"{_text(cls.module)}\n"
     parameters = list(_parameters(cls))
@@ -112,7 +111,7 @@ def _literal(cls: griffe.Class, name: str) -> Any:
 def _parameters(cls: griffe.Class) -> Iterator[tuple[str, str]]:
     """Dataclass fields, inherited ones too: name and default as written."""
     for name, member in cls.all_members.items():
-        if not member.is_attribute or member.annotation is None or "ClassVar" in str(member.annotation):
+        if not member.is_attribute or "instance-attribute" not in member.labels:  # griffe's word for a field
             continue
         if member.value is not None:
             default = str(member.value)

@@ -32,6 +32,8 @@ COMMANDS = [
     "status",
     "mirror",
     "variance",
+    "compare",
+    "replay",
     "check",
     "new-method",
     "doctor",
@@ -105,6 +107,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
         ["study", "absent.yaml"],
         ["report", "absent"],
         ["mirror", "absent"],
+        ["compare", "dynamo", "grpo", "--results", "absent"],
         ["warmup", "--task", "absent"],
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -45,7 +46,8 @@ def test_the_site_asks_nobody_for_anything() -> None:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert settings["theme"]["font"] is False
     assert settings["use_directory_urls"] is False
-    assert not {"extra_css", "extra_javascript", "extra"} & set(settings)
+    assert all((ROOT / "docs" / file).is_file() for file in settings["extra_css"])
+    assert not {"extra_javascript", "extra"} & set(settings)
 
 
 def test_every_arm_has_a_page_with_what_its_class_says(hooks: ModuleType) -> None:
@@ -57,6 +59,8 @@ def test_every_arm_has_a_page_with_what_its_class_says(hooks: ModuleType) -> Non
         cls = registry.load(name)
         assert cls.faithful_to in text
         assert all(change in text for change in cls.changes)
+        shown = re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)
+        assert set(shown) == {field.name for field in dataclasses.fields(cls) if field.init}
         assert f"::: {cls.__module__}.{cls.__qualname__}" in text
     assert "https://arxiv.org/abs/2402.03300" in pages["grpo"]
     assert "A_ij = (r_ij - mean_i) / (std_i + epsilon)" in pages["grpo"]

@@ -421,7 +421,7 @@ def test_report_tables_figures_plan_and_configurations_are_artifacts(
 
     assert listed(parent) == {"REPORT.md", "tables", "figures", "plan.json"}
     assert listed(parent, "tables") == {"tables/main.csv"}
-    assert listed(children["grpo-s0"]) == {"config.yaml"}
+    assert listed(children["grpo-s0"]) == {"config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json"}
     assert Path(uri.removeprefix("sqlite:///")).parent.as_uri() in parent.info.artifact_uri
 
 

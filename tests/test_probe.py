@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ synthetic: Any = importlib.import_module("synthetic_results")
 policy, train, rows = training.policy, training.train, training.rows
 
 Train = Callable[..., Path]
-COLUMNS = ("successes", "trials", "visits", "last_successes", "last_trials", "probe_successes", "probe_trials")
+COLUMNS = [column.name for column in fields(HistoryView)]
 ROLLOUTS = {"currency": "rollouts", "amount": 200}
 
 
@@ -121,9 +122,7 @@ def some_views() -> tuple[HistoryView, HistoryView]:
     history = PromptHistory(5, half_life=2.0)
     history.record([0, 2, 3], np.array([1.0, 2.0, 0.0]), np.array([4.0, 4.0, 4.0]))
     history.record([2, 4], np.array([3.0, 1.0]), np.array([8.0, 1.0]))
-    probed = HistoryView(
-        *(getattr(history.view([2, 1]), name) for name in COLUMNS[:-2]), np.array([5, 0]), np.array([6, 6])
-    )
+    probed = replace(history.view([2, 1]), probe_successes=np.array([5, 0]), probe_trials=np.array([6, 6]))
     return history.view([0, 4, 3]), probed
 
 
@@ -156,7 +155,7 @@ def test_groups_made_by_hand_are_of_prompts_never_seen() -> None:
     index, reward = torch.tensor([0, 0, 2]), torch.tensor([1.0, 0.0, 1.0])
     length = torch.tensor([3, 4, 5])
     groups = Groups(index, 3, reward, length, length > 9, 9)
-    assert table(groups.history) == [[0.0] * 7] * 3
+    assert table(groups.history) == [[0.0] * len(COLUMNS)] * 3
     shown = Groups(index, 3, reward, length, length > 9, 9, some_views()[0]).history
     assert table(shown) == table(some_views()[0])
     with pytest.raises(ValueError, match="2 prompts for groups of 3"):
