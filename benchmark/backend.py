@@ -115,6 +115,7 @@ class NativeBackend(Backend):
 
     @torch.no_grad()
     def load_weights(self) -> None:
+        """See `Backend.load_weights`."""
         self._weights = self.policy.fused()
 
     def _generate(self, request: Request) -> Rollouts:
@@ -134,9 +135,11 @@ class NativeBackend(Backend):
         )
 
     def score(self, batch: Rollouts, temperature: float) -> TokenStatistics:
+        """See `Backend.score`."""
         return score(self.policy.fused(), batch, temperature=temperature)
 
     def split(self, batch: Rollouts) -> list[Piece]:
+        """See `Backend.split`."""
         return by_prompts(batch, self.config.tokens_per_pass)
 
 

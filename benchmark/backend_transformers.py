@@ -118,6 +118,7 @@ class TransformersBackend(Backend):
     # -- scoring -------------------------------------------------------------------------------------------------
 
     def score(self, batch: Rollouts, temperature: float) -> TokenStatistics:
+        """See `Backend.score`."""
         with self._precision():
             hidden = torch.cat([self._states(batch, rows) for rows in _padded_batches(batch)])
             order = torch.cat(_padded_batches(batch))
@@ -131,6 +132,7 @@ class TransformersBackend(Backend):
         return vocabulary_statistics(hidden, head.to(hidden.dtype), batch.tokens, temperature=temperature)
 
     def split(self, batch: Rollouts) -> list[Piece]:
+        """See `Backend.split`."""
         return by_rollouts(batch, self.config.tokens_per_pass)
 
     def _states(self, batch: Rollouts, rows: Tensor) -> Tensor:

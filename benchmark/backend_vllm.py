@@ -74,14 +74,17 @@ class VLLMBackend(TransformersBackend):
         self.engine = _Server(config.vllm) if config.vllm.url else _Colocated(model, config)
 
     def load_weights(self) -> None:
+        """See `Backend.load_weights`."""
         file = Path(self._folder.name) / "policy.safetensors"
         save_file(merged(self.policy.model, getattr(torch, self.config.dtype)), file)
         self.engine.load(file)
 
     def rest(self) -> None:
+        """See `Backend.rest`."""
         self.engine.rest()
 
     def close(self) -> None:
+        """See `Backend.close`."""
         self.engine.close()
         self._folder.cleanup()
 

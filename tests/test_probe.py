@@ -61,8 +61,8 @@ def spy_on_samples(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[list
     seen: dict[str, list[tuple[list[int], list[list[int]]]]] = {}
     sample = Collector._sample
 
-    def spy(self: Collector, weights: Any, purpose: str, step: int, prompts: list[int], *rest: Any) -> Any:
-        result = sample(self, weights, purpose, step, prompts, *rest)
+    def spy(self: Collector, purpose: str, step: int, prompts: list[int], *rest: Any) -> Any:
+        result = sample(self, purpose, step, prompts, *rest)
         seen.setdefault(purpose, []).append((prompts, result[0].texts()))
         return result
 
@@ -309,8 +309,8 @@ def test_the_number_of_successes_is_that_of_the_probes_verdicts(train: Train, mo
     views: list[HistoryView] = []
     sample, allocate = Collector._sample, GRPO.allocate
 
-    def spy_sample(self: Collector, weights: Any, purpose: str, *rest: Any) -> Any:
-        result = sample(self, weights, purpose, *rest)
+    def spy_sample(self: Collector, purpose: str, *rest: Any) -> Any:
+        result = sample(self, purpose, *rest)
         if purpose == "probe":
             verdicts.append([verdict is Verdict.CORRECT for verdict in result[1]])
         return result

@@ -328,7 +328,7 @@ def test_the_command_says_which_file_cannot_be_written(config: RunConfig, tmp_pa
 
 def test_a_folder_that_is_a_file_is_a_clear_error(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("not a folder")
-    with pytest.raises((StorageError, InputError), match=r"run: (File exists|Not a directory)"):
+    with pytest.raises((StorageError, InputError), match=r"run(/lease)?: (File exists|Not a directory)"):
         run_single(config, tmp_path / "run")
     with pytest.raises(StorageError):
         claim(tmp_path / "run" / "cell")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmark import trace
+from benchmark import checkpoint, trace
 from benchmark.collect import Batch
 from benchmark.groups import Groups
 from benchmark.jsonl import read_rows
@@ -180,7 +179,9 @@ def test_a_resume_after_the_last_update_still_knows_it(
     config = training.make_config(policy, "grpo")
     with pytest.raises(Interrupted):
         run_cell(config, tmp_path / "resumed", should_stop=stop)
-    state = json.loads((tmp_path / "resumed" / "checkpoint" / "latest.json").read_text())
+    found = checkpoint.latest(tmp_path / "resumed" / "checkpoint")
+    assert found is not None
+    state = found[1]
     assert {row["step"] for row in state["trace"]} == {1}
     run_cell(config, tmp_path / "resumed")
     assert (whole / "traces.jsonl").read_bytes() == (tmp_path / "resumed" / "traces.jsonl").read_bytes()
