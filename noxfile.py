@@ -83,8 +83,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def tests_slow(session: nox.Session) -> None:
-    """The tests that take minutes."""
-    install(session, "dev")
+    """The tests that take minutes; those of the HTML report need Chromium, those of LaTeX tables pdflatex."""
+    install(session, "dev,browser")
     pytest(session, "-m", "slow")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmark import backend, checkpoint, engine, registry
+from benchmark import backend, checkpoint, engine, machine, registry
 from benchmark.clock import Clock
 from benchmark.collect import Collector, Pool
 from benchmark.config import RunConfig
@@ -259,7 +259,11 @@ class Run:
         taken = self.clock.take()
         for phase, value in taken.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
-        self.records["timings.jsonl"].append([where | {"seconds": taken}])
+        device = self.clock.device
+        gpu = torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+        row = where | {"seconds": taken, "cost": dict(self.ledger.spent), "system": machine.usage(gpu)}
+        row["elapsed"] = round(self.elapsed + time.time() - self.started, 3)
+        self.records["timings.jsonl"].append([row])
 
     # -- what is on disk -----------------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ from benchmark.groups import Groups
 from benchmark.history import HistoryView, PromptHistory
 from benchmark.ledger import CURRENCIES, Budget, Ledger
 from benchmark.method import Method, Probe
-from benchmark.mirror_record import find_cells, result_points
+from benchmark.mirror_points import result_points
+from benchmark.mirror_record import find_cells
 from benchmark.run import Interrupted, run_cell
 from benchmark.verdict import Verdict
 
@@ -255,7 +256,7 @@ def test_an_oracle_is_recorded_and_changes_nothing_it_is_not_asked_about(
     charged = sum(value for phase, value in seconds.items() if phase not in ("evaluate", "oracle"))
     assert result["spent"]["device_seconds"] == pytest.approx(charged)
     (cell,) = find_cells(out)
-    points = {point.key: point.value for point in result_points(cell)}
+    points = {point.key: point.value for point in result_points(cell.folder, cell.currency)}
     assert points["cost/oracle_tokens"] == result["oracle"]["tokens_generated"]
 
 
