@@ -105,7 +105,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def docs(session: nox.Session) -> None:
-    """The documentation site, every link checked, without a network; build/site/index.html."""
+    """The documentation site, every link checked, without a network: build/site/index.html.
+
+    Its search needs a server: `python -m http.server --bind 127.0.0.1 -d build/site`.
+    """
     install_tool(session, "mkdocs-material", "mkdocstrings[python]")
     session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
