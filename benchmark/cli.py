@@ -14,6 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from benchmark.cli_author import check, complete_method, new_method
+from benchmark.cli_compare import compare
+from benchmark.cli_doctor import doctor
+from benchmark.cli_figures import figures
+from benchmark.cli_replay import replay
 from benchmark.cli_variance import variance
 from benchmark.errors import REMEDIES, InputError, RunError, storage_error
 
@@ -50,7 +55,6 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="RolloutBench: which RLVR method is really better at equal compute, by how much, and why.",
@@ -69,7 +73,10 @@ STORE = "sqlite:///mlflow.db"
 
 @app.command()
 def run(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="An arm of `rolloutbench methods`.")],
+    method: Annotated[
+        str,
+        typer.Argument(metavar="METHOD", help="An arm of `rolloutbench methods`.", autocompletion=complete_method),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command there resumes it.")],
     scale: Scale = "small",
     task: Task = None,
@@ -159,7 +166,13 @@ def methods(
     Console().print(table)
 
 
+app.command()(replay)
 app.command()(variance)
+app.command()(figures)
+app.command()(check)
+app.command()(new_method)
+app.command()(doctor)
+app.command()(compare)
 
 
 @app.command()

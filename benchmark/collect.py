@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmark import streams
+from benchmark.backend import Backend, Request
 from benchmark.clock import Clock
 from benchmark.config import RolloutConfig
-from benchmark.decode import generate
 from benchmark.groups import Groups, segment_sum
 from benchmark.history import HistoryView, PromptHistory
 from benchmark.ledger import Budget, Ledger, Prices
@@ -20,7 +20,6 @@ from benchmark.method import Method, Probe
 from benchmark.policy import Policy
 from benchmark.problems import Item
 from benchmark.rollouts import Rollouts, concatenate
-from benchmark.transformer import Weights
 from benchmark.verdict import Verdict, reward
 from benchmark.verifier import Verifier
 
@@ -86,11 +85,17 @@ class Draw:
 
 @dataclass(frozen=True)
 class Batch:
-    """What trains in this step, and the whole of what was drawn for it."""
+    """What trains in this step, and the whole of what was drawn for it.
+
+    Attributes:
+        prompts: pool positions of the groups that train, (P,). verdicts: one per rollout that trains.
+    """
 
     rollouts: Rollouts
     groups: Groups
     drawn: list[Draw] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
 
 
 @dataclass
@@ -99,7 +104,7 @@ class Collector:
 
     method: Method
     pool: Pool
-    policy: Policy
+    backend: Backend
     verifier: Verifier
     history: PromptHistory
     ledger: Ledger
@@ -110,13 +115,18 @@ class Collector:
     place: int = 0  # prompts consumed from the pool's sequence
 
     @property
+    def policy(self) -> Policy:
+        """The policy that samples."""
+        return self.backend.policy
+
+    @property
     def remaining(self) -> int:
         """What is left of the budget, in its currency."""
         return self.budget.remaining(self.ledger.spent[self.budget.currency])
 
     def collect(self, step: int) -> Batch:
         """One step's batch, charged to the ledger; it may hold no group that trains. Needs budget left."""
-        weights = self.policy.fused()
+        self.backend.load_weights()
         wanted = self.config.prompts_per_batch
         drawn: list[Draw] = []
         kept: list[tuple[Draw, Tensor]] = []  # per draw, kept prompts (numbers within the draw)
@@ -126,26 +136,38 @@ class Collector:
                 if draws == self.method.max_draws:
                     break
                 draws, left = draws + 1, wanted
-            draw = self._draw(weights, step, left)
+            draw = self._draw(step, left)
             left -= len(draw.prompts)
             drawn.append(draw)
             if draw.cut:
-                self._charge(step, draw, np.full(len(draw.prompts), "failed", dtype=object))
+                self.charge(step, draw, np.full(len(draw.prompts), "failed", dtype=object))
                 continue
-            mask = self.method.keep(self._groups(draw.rollouts, draw.verdicts, draw.history))
+            mask = self.method.keep(self.groups(draw.rollouts, draw.verdicts, draw.history))
             chosen = torch.nonzero(mask).flatten()[: wanted - have]
             have += len(chosen)
             kept.append((draw, chosen))
             fate = np.where(mask.cpu().numpy(), "overflow", "filtered").astype(object)
             fate[chosen.cpu().numpy()] = "trained"
-            self._charge(step, draw, fate)
+            self.charge(step, draw, fate)
         kept = kept or [(drawn[0], torch.zeros(0, dtype=torch.int64, device=self.clock.device))]
         rollouts = concatenate([d.rollouts.select_prompts(c) for d, c in kept])
         verdicts = [d.verdicts[row] for d, c in kept for row in d.rollouts.rows_of(c).tolist()]
         history = HistoryView.concatenate([d.history.select(c.cpu().numpy()) for d, c in kept])
-        return Batch(rollouts, self._groups(rollouts, verdicts, history), drawn)
+        prompts = [d.prompts[p] for d, c in kept for p in c.tolist()]
+        return Batch(rollouts, self.groups(rollouts, verdicts, history), drawn, prompts, verdicts)
 
-    def _draw(self, weights: Weights, step: int, prompts_left: int) -> Draw:
+    def exhaust(self, step: int) -> Batch:
+        """Spend the rest of the budget on rollouts that do not train, for an engine that cannot use so few."""
+        self.backend.load_weights()
+        drawn: list[Draw] = []
+        while self.remaining > 0:
+            draw = self._draw(step, 1)
+            self.charge(step, draw, np.full(len(draw.prompts), "failed", dtype=object))
+            drawn.append(draw)
+        nothing = drawn[0].rollouts.select_prompts(torch.zeros(0, dtype=torch.int64, device=self.clock.device))
+        return Batch(nothing, self.groups(nothing, [], drawn[0].history.select(np.zeros(0, dtype=np.int64))), drawn)
+
+    def _draw(self, step: int, prompts_left: int) -> Draw:
         # A draw ends with its epoch, so that its prompts are distinct.
         prompts_left = min(prompts_left, len(self.pool.items) - self.place % len(self.pool.items))
         probe, config = self.method.probe, self.config
@@ -156,9 +178,9 @@ class Collector:
         prompts = self.pool.prompts(self.place, admitted.prompts)
         seen = self.history.view(prompts)
         if probe and admitted.probe == reserved and not admitted.cut:
-            seen = self._probe(weights, step, probe, prompts, seen)
+            seen = self._probe(step, probe, prompts, seen)
         counts = self._allocate(seen, admitted.rollouts, step)
-        rollouts, verdicts = self._sample(weights, "rollout", step, prompts, counts, admitted.max_tokens)
+        rollouts, verdicts = self._sample("rollout", step, prompts, counts, admitted.max_tokens)
         self.place += len(prompts)
         if not admitted.cut:
             self._remember(prompts, rollouts, verdicts, counts)
@@ -178,11 +200,11 @@ class Collector:
             surprisal.cpu().numpy(),
         )
 
-    def _probe(self, weights: Weights, step: int, probe: Probe, prompts: list[int], seen: HistoryView) -> HistoryView:
+    def _probe(self, step: int, probe: Probe, prompts: list[int], seen: HistoryView) -> HistoryView:
         """`seen` with the outcome of the probe, which is charged, or recorded apart where it is an oracle's."""
         trials = np.full(len(prompts), probe.rollouts, dtype=np.int64)
         phases = ("decode", "verify") if probe.charged else ("oracle", "oracle")
-        rollouts, verdicts = self._sample(weights, "probe", step, prompts, trials, self.config.max_tokens, phases)
+        rollouts, verdicts = self._sample("probe", step, prompts, trials, self.config.max_tokens, phases)
         read, made = len(rollouts.prompt_tokens), len(rollouts.tokens)
         self.ledger.charge(
             step,
@@ -197,7 +219,6 @@ class Collector:
 
     def _sample(
         self,
-        weights: Weights,
         purpose: str,
         step: int,
         prompts: list[int],
@@ -209,18 +230,11 @@ class Collector:
         epoch = self.place // len(self.pool.items)
         keys = np.repeat(self.pool.stream_keys(purpose, step, epoch, prompts), counts)
         lanes = np.concatenate([np.arange(n) for n in counts])
-        device = self.clock.device
+        request = Request(
+            [self.pool.tokens[p] for p in prompts], counts, keys, lanes, max_tokens, self.config.temperature
+        )
         with self.clock.phase(phases[0]):
-            rollouts = generate(
-                weights,
-                torch.cat([self.pool.tokens[p] for p in prompts]),
-                torch.tensor([len(self.pool.tokens[p]) for p in prompts], device=device),
-                torch.from_numpy(counts).to(device),
-                torch.from_numpy(streams.uniforms(keys, lanes, max_tokens)).float().to(device),
-                max_tokens=max_tokens,
-                end=self.policy.end,
-                temperature=self.config.temperature,
-            )
+            rollouts = self.backend.generate(request)
         with self.clock.phase(phases[1]):
             texts = self.policy.decode(rollouts.texts())
             golds = [self.pool.items[prompts[p]].answer for p in rollouts.prompt.tolist()]
@@ -236,7 +250,8 @@ class Collector:
             )
         return counts
 
-    def _groups(self, rollouts: Rollouts, verdicts: list[Verdict], history: HistoryView) -> Groups:
+    def groups(self, rollouts: Rollouts, verdicts: list[Verdict], history: HistoryView) -> Groups:
+        """The groups of `rollouts`, as a method sees them."""
         return Groups(
             rollouts.prompt,
             rollouts.prompts,
@@ -247,7 +262,7 @@ class Collector:
             history,
         )
 
-    def _charge(self, step: int, draw: Draw, fate: NDArray[np.object_]) -> None:
+    def charge(self, step: int, draw: Draw, fate: NDArray[np.object_]) -> None:
         """One ledger row per fate; `fate` is per prompt: trained, filtered by the method, overflow, failed (cut)."""
         rollouts = draw.rollouts
         sizes = np.bincount(rollouts.prompt.cpu().numpy(), minlength=len(draw.prompts))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmark import checkpoint, registry
+from benchmark import backend, checkpoint, engine, machine, registry
 from benchmark.clock import Clock
 from benchmark.collect import Collector, Pool
 from benchmark.config import RunConfig
@@ -27,17 +27,19 @@ from benchmark.jsonl import (
     atomic_write_text,
     clear_partial,
     fingerprint,
+    read_rows,
     restart,
 )
 from benchmark.ledger import UNCHARGED_PHASES, Budget, Ledger, Prices
 from benchmark.policy import Policy, prepare_machine
 from benchmark.problems import load_task
 from benchmark.step_metrics import allocation_row, rollout_metrics
+from benchmark.trace import EvaluationTrace, Trace
 from benchmark.update import Updater, make_optimiser
 from benchmark.verifier import Verifier
 from benchmark.warmup import ensure_policy
 
-RECORDS = ("ledger.jsonl", "timings.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl")
+RECORDS = ("ledger.jsonl", "timings.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl", "traces.jsonl")
 CHECKPOINT_SECONDS = 60.0
 """Between two checkpoints; longer where saving takes so long that it would cost more than a twentieth of the time."""
 
@@ -81,7 +83,7 @@ def run_cell(
     _claim_folder(config, out)
     run = Run(config, out, progress or (lambda _: None))
     try:
-        with run.verifier:
+        with run.verifier, contextlib.closing(run.backend):
             run.execute(should_stop)
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
@@ -103,7 +105,7 @@ def measure_unit_prices(config: RunConfig) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as folder:
         run = Run(config, Path(folder), lambda _: None)
-        with run.verifier:
+        with run.verifier, contextlib.closing(run.backend):
             run.step_once()
             run.step_once()
             training = sum(run.seconds.values())
@@ -140,19 +142,20 @@ class Run:
         device = prepare_machine()
         self.clock = Clock(device)
         self.method = registry.build(config.method.name, config.method.params)
-        policy = Policy.load(ensure_policy(config), device)
+        written, start = config.policy, ensure_policy(config)
+        policy = Policy.load(start, device, backend=config.backend, template=written.template, lora=written.lora)
         self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
+        self.backend = backend.make(policy, config.backend, start)
         train, held_out = load_task(config.task)
         self.verifier = Verifier(answer_form=config.task.answer_form)
         pool = Pool.of(train, policy, config.seed, device)
         rollout, evaluation = config.rollout, config.evaluation
         self.evaluator = Evaluator(
             Pool.of(held_out, policy, config.seed, device),
-            policy,
+            self.backend,
             self.verifier,
             rollout.max_tokens,
             evaluation.temperature,
-            device,
         )
         self.budget = Budget(config.budget.currency, config.budget.amount)
         self.history = PromptHistory(len(train), self.method.half_life)
@@ -162,12 +165,13 @@ class Run:
         self.saved: tuple[int, int] | None = None  # step and points of the newest checkpoint
         self.save_after = time.monotonic() + CHECKPOINT_SECONDS
         self.ledger = Ledger(out / "ledger.jsonl")
+        self.trace = Trace(policy, train)
         self._resume()
         self.records = {name: Record(out / name) for name in RECORDS} | {"ledger.jsonl": self.ledger.record}
         self.collector = Collector(
             self.method,
             pool,
-            policy,
+            self.backend,
             self.verifier,
             self.history,
             self.ledger,
@@ -179,7 +183,7 @@ class Run:
         )
         self.updater = Updater(
             self.method,
-            policy,
+            self.backend,
             self.optimiser,
             config.optimiser,
             rollout.temperature,
@@ -188,7 +192,9 @@ class Run:
             self.prices,
             self.clock,
             updates=self.updates,
+            trace=self.trace,
         )
+        self.engine = engine.load(self.method.engine)(self.collector, self.updater)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -213,10 +219,11 @@ class Run:
     def step_once(self) -> None:
         """One training step: collect, update, record."""
         with self.clock.phase("other"):
-            batch = self.collector.collect(self.step)
-            metrics = rollout_metrics(batch)
-            if len(batch.rollouts):
-                metrics |= self.updater.update(self.step, batch)
+            batch, trained = self.engine.step(self.step)
+            metrics = rollout_metrics(batch) | trained
+            traces = self.out / "traces.jsonl"
+            if trained and not (traces.exists() and traces.stat().st_size):
+                self.records["traces.jsonl"].append(self.trace.rows)
             self.records["metrics.jsonl"].append(
                 [{"step": self.step, "cost": self.ledger.spent, "metrics": metrics}],
             )
@@ -227,10 +234,14 @@ class Run:
 
     def _evaluate(self, *, final: bool) -> None:
         samples = self.config.evaluation.final_samples if final else self.config.evaluation.samples
+        watch = EvaluationTrace(self.backend, self.evaluator.pool.items, self.step, self.config.evaluation.temperature)
         with self.clock.phase("evaluate"):
-            rows, spent = self.evaluator.evaluate(samples)
-        tokens = spent["prompt_tokens"] + spent["tokens_generated"]
-        self.ledger.charge(self.step, "evaluation", None, flops=self.prices.forward(tokens), **spent)
+            rows, spent = self.evaluator.evaluate(samples, watch if final else None)
+            if final:
+                self._write_traces(watch.rows)
+        read = spent["prompt_tokens"] + spent["tokens_generated"] + watch.read
+        flops = self.prices.forward(read)
+        self.ledger.charge(self.step, "evaluation", None, tokens_scored=watch.tokens, flops=flops, **spent)
         head = {"point": self.points, "step": self.step, "final": final, "cost": dict(self.ledger.spent)}
         self.records["evaluation.jsonl"].append([head | row for row in rows])
         accuracy = sum(row["c"] / row["n"] for row in rows) / len(rows)
@@ -238,11 +249,21 @@ class Run:
         self.report("running", f"evaluated: pass@1 {accuracy:.3f}")
         self._time({"step": self.step, "point": self.points - 1})
 
+    def _write_traces(self, evaluated: list[dict[str, Any]]) -> None:
+        """The newest update's rows, unless it was the first as well, and the evaluation's."""
+        path, last = self.out / "traces.jsonl", self.trace.rows
+        first = read_rows(path)[0]
+        self.records["traces.jsonl"].append([row for row in last if row["step"] != first[0]["step"]] + evaluated)
+
     def _time(self, where: dict[str, int]) -> None:
         taken = self.clock.take()
         for phase, value in taken.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
-        self.records["timings.jsonl"].append([where | {"seconds": taken}])
+        device = self.clock.device
+        gpu = torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+        row = where | {"seconds": taken, "cost": dict(self.ledger.spent), "system": machine.usage(gpu)}
+        row["elapsed"] = round(self.elapsed + time.time() - self.started, 3)
+        self.records["timings.jsonl"].append([row])
 
     # -- what is on disk -----------------------------------------------------------------------------------------
 
@@ -263,6 +284,7 @@ class Run:
             "elapsed": self.elapsed + time.time() - self.started,
             "seconds": self.seconds,
             "ledger": self.ledger.state(),
+            "trace": self.trace.rows,
             "records": {name: fingerprint(self.out / name) for name in RECORDS},
         }
         history = torch.from_numpy(self.history.counts)
@@ -276,7 +298,7 @@ class Run:
         found = checkpoint.latest(self.out / "checkpoint", self._fits)
         self.place = self.updates = 0
         for name in RECORDS:
-            restart(self.out / name, 0 if found is None else found[1]["records"][name][0])
+            restart(self.out / name, 0 if found is None else found[1]["records"].get(name, (0, ""))[0])
         if found is None:
             return
         file, state = found
@@ -284,6 +306,7 @@ class Run:
         self.step, self.place, self.points = state["step"], state["place"], state["points"]
         self.saved = (self.step, self.points)
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]
+        self.trace.restore(state.get("trace", []))
         self.ledger = Ledger.restore(self.out / "ledger.jsonl", state["ledger"])
 
     def _fits(self, state: dict[str, Any]) -> bool:
@@ -340,7 +363,7 @@ class Run:
             "seconds": self.seconds,
             "wall_seconds": self.elapsed + time.time() - self.started,
             "device": self.clock.device.type,
-            "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "rolloutbench")},
+            "versions": {name: version(name) for name in ("torch", "transformers", "trl", "numpy", "rolloutbench")},
         }
         atomic_write_json(self.out / "result.json", result)
         checkpoint.clear(self.out / "checkpoint")

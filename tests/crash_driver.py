@@ -127,6 +127,7 @@ def stop_clocks() -> None:
     ticks = itertools.count()
     clock.time = SimpleNamespace(process_time=lambda: float(next(ticks)))  # type: ignore[assignment]
     run.time = SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 0.0)  # type: ignore[assignment]
+    run.machine = SimpleNamespace(usage=lambda _: {})  # type: ignore[assignment]
     run.CHECKPOINT_SECONDS = 0.0
 
 
