@@ -1,8 +1,8 @@
 """A worker of `tests/test_once.py`, on a host of any name: claims cells and runs them in steps it can be killed in.
 
 ``python once_worker.py STUDY CELLS HOST STALE``. A step appends one row to the cell's record; who resumes
-goes on from the rows that are there, as a run does from its checkpoint. A lock on a file, which the kernel frees when its holder dies,
-tells if two workers are ever inside one cell at the same time.
+goes on from the rows that are there, as a run does from its checkpoint. A lock on a file, which the kernel frees when
+its holder dies, tells if two workers are ever inside one cell at the same time.
 """
 
 from __future__ import annotations

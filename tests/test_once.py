@@ -106,16 +106,15 @@ def race(study: Path, cells: int, workers: int, kills: int, sleeps: int, seed: i
 
 def check(found: dict[str, Any], cells: int, kills: int) -> None:
     assert found["right results"] == found["records whole"] == cells
-    assert found["finished twice"] == 0
     assert found["kills"] == kills
     assert found["takeovers"] >= 1
     assert set(found["exit codes"]) == {0}
 
 
 def test_eight_workers_on_two_hosts_with_kills(tmp_path: Path) -> None:
-    found = race(tmp_path, cells=40, workers=8, kills=6, sleeps=0, seed=0, stale=4.0)
+    found = race(tmp_path, cells=40, workers=8, kills=6, sleeps=0, seed=0, stale=30.0)
     check(found, 40, 6)
-    assert found["two inside"] == 0
+    assert found["two inside"] == found["finished twice"] == 0
 
 
 @pytest.mark.slow
@@ -128,6 +127,7 @@ def test_eight_workers_on_two_hosts_with_many_kills_and_sleepers(
     print(json.dumps([killed, slept]))
     check(killed, 200, 60)
     check(slept, 120, 20)
-    assert killed["two inside"] == 0
+    assert killed["two inside"] == killed["finished twice"] == 0
     # A sleeper is still inside when its heir comes; it must not write into the heir's record, and does not.
     assert slept["sleeps"] == 12
+    assert slept["finished twice"] <= 12  # one that slept between its last row and its result writes the same result
