@@ -19,7 +19,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def save(
-    folder: Path, policy: Policy, optimiser: torch.optim.Optimizer, history: Tensor, state: dict[str, Any]
+    folder: Path, policy: Policy, optimiser: torch.optim.Optimizer, history: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
     """Write the checkpoint of ``state["step"]`` and point ``latest.json`` at it; the one before stays until then."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def save(
     for key, parameter in policy.parameters().items():
         for moment, value in optimiser.state.get(parameter, {}).items():
             tensors[f"optimiser/{moment}/{key}"] = value.contiguous()
-    tensors["history"] = history
+    tensors |= {f"history/{key}": value for key, value in history.items()}
     partial = folder / f".{name}"
     save_file(tensors, partial)
     with partial.open("rb") as file:
@@ -49,8 +49,8 @@ def latest(folder: Path) -> dict[str, Any] | None:
     return state
 
 
-def load(folder: Path, state: dict[str, Any], policy: Policy, optimiser: torch.optim.Optimizer) -> Tensor:
-    """Put weights and optimiser moments of `state` in place; returns the history tensor."""
+def load(folder: Path, state: dict[str, Any], policy: Policy, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Put weights and optimiser moments of `state` in place; returns the history's tensors."""
     tensors = load_file(folder / state["file"])
     with torch.no_grad():
         for key, parameter in policy.parameters().items():
@@ -58,7 +58,7 @@ def load(folder: Path, state: dict[str, Any], policy: Policy, optimiser: torch.o
             moments = {m: tensors[f"optimiser/{m}/{key}"] for m in MOMENTS if f"optimiser/{m}/{key}" in tensors}
             if moments:
                 optimiser.state[parameter] = {m: value.clone() for m, value in moments.items()}
-    return tensors["history"]
+    return {key.removeprefix("history/"): value for key, value in tensors.items() if key.startswith("history/")}
 
 
 def clear(folder: Path) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from benchmark import streams
-from benchmark.collect import Pool
 from benchmark.decode import generate
+from benchmark.draws import Pool
 from benchmark.policy import Policy
 from benchmark.verdict import Verdict
 from benchmark.verifier import Verifier

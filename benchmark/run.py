@@ -16,8 +16,9 @@ import yaml
 
 from benchmark import checkpoint, registry
 from benchmark.clock import Clock
-from benchmark.collect import Batch, Collector, Pool
+from benchmark.collect import Collector
 from benchmark.config import RunConfig
+from benchmark.draws import Batch, Pool
 from benchmark.errors import InputError
 from benchmark.evaluation import Evaluator
 from benchmark.groups import segment_sum
@@ -25,6 +26,7 @@ from benchmark.history import PromptHistory
 from benchmark.jsonl import append_rows, atomic_write_json, atomic_write_text
 from benchmark.ledger import UNCHARGED_PHASES, Budget, Ledger, Prices
 from benchmark.policy import Policy, prepare_machine
+from benchmark.probing import prompt_features
 from benchmark.problems import load_task
 from benchmark.update import Updater, make_optimiser
 from benchmark.verdict import Verdict
@@ -142,7 +144,12 @@ class Run:
         self.step, self.points, self.elapsed = 0, 0, 0.0
         self.seconds: dict[str, float] = {}
         self.ledger = Ledger(out / "ledger.jsonl")
-        self._resume()
+        if self.method.features:
+            with self.clock.phase("forward"):
+                self.history.features = prompt_features(policy.fused(), pool.tokens)
+        if not self._resume() and self.method.features:
+            read = sum(map(len, pool.tokens))
+            self.ledger.charge(0, "features", tokens_scored=read, flops=self.prices.forward(read))
         self.collector = Collector(
             self.method,
             pool,
@@ -235,21 +242,23 @@ class Run:
             "ledger": self.ledger.state(),
             "records": {name: _size(self.out / name) for name in RECORDS},
         }
-        history = torch.from_numpy(self.history.counts)
+        history = {name: torch.from_numpy(values) for name, values in self.history.state().items()}
         checkpoint.save(self.out / "checkpoint", self.policy, self.optimiser, history, state)
 
-    def _resume(self) -> None:
-        """Continue from the newest checkpoint, or from nothing: records are cut back to what it knew."""
+    def _resume(self) -> bool:
+        """Continue from the newest checkpoint, or (False) from nothing: records are cut back to what it knew."""
         state = checkpoint.latest(self.out / "checkpoint")
         self.place = self.updates = 0
         for name in RECORDS:
             _truncate(self.out / name, 0 if state is None else state["records"][name])
         if state is None:
-            return
-        self.history.counts = checkpoint.load(self.out / "checkpoint", state, self.policy, self.optimiser).numpy()
+            return False
+        history = checkpoint.load(self.out / "checkpoint", state, self.policy, self.optimiser)
+        self.history.restore({name: values.numpy() for name, values in history.items()})
         self.step, self.place, self.points = state["step"], state["place"], state["points"]
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]
         self.ledger = Ledger.restore(self.out / "ledger.jsonl", state["ledger"])
+        return True
 
     def report(self, state: str, message: str) -> None:
         """Tell the caller and ``progress.json`` where the run stands."""

@@ -12,9 +12,9 @@ import transformers
 from torch import Tensor
 
 from benchmark.clock import Clock
-from benchmark.collect import Batch
 from benchmark.config import ArchitectureConfig, OptimiserConfig
 from benchmark.decode import generate, sample
+from benchmark.draws import Batch
 from benchmark.errors import InputError
 from benchmark.groups import Groups
 from benchmark.ledger import Ledger, Prices

@@ -19,7 +19,8 @@ from analysis.comparisons import Scores
 from analysis.results import load_study
 from analysis.table_spend import rollouts_table, seconds_table, spend_table
 from baselines.grpo import GRPO
-from benchmark.collect import Batch, Collector
+from benchmark.collect import Collector
+from benchmark.draws import Batch
 from benchmark.groups import Groups
 from benchmark.history import HistoryView, PromptHistory
 from benchmark.ledger import CURRENCIES, Budget, Ledger
