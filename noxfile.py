@@ -83,8 +83,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def tests_slow(session: nox.Session) -> None:
-    """The tests that take minutes."""
-    install(session, "dev")
+    """The tests that take minutes; those of the HTML report need Chromium, those of LaTeX tables pdflatex."""
+    install(session, "dev,browser")
     pytest(session, "-m", "slow")
 
 
@@ -101,6 +101,13 @@ def types(session: nox.Session) -> None:
     """Static types (mypy, strict)."""
     install(session, "dev")
     session.run("mypy")
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """The documentation site, every link checked, without a network; build/site/index.html."""
+    install_tool(session, "mkdocs-material", "mkdocstrings[python]")
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(default=False)
@@ -122,6 +129,13 @@ def variance(session: nox.Session) -> None:
     """By how much rollout allocation lowers the gradient's variance; resumes; results/variance/REPORT.md."""
     install(session)
     session.run("rolloutbench", "variance", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
+def figures(session: nox.Session) -> None:
+    """Paper figures from the notebooks, of every study there are results of; results/figures/."""
+    install(session, "figures")
+    session.run("rolloutbench", "figures", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session(default=False)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.comparisons import Scores
 from analysis.formatting import currency_name, metric_name
-from analysis.plotting import save, theme
+from analysis.plotting import COLUMNS, save, theme
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +34,15 @@ class Drawn:
     name: str
     caption: str
 
+    def section(self) -> str:
+        """The figure in a report, with its caption and links to the vector files."""
+        links = ", ".join(f"[{suffix}](figures/{self.name}.{suffix})" for suffix in ("svg", "pdf"))
+        return f"![{self.caption}](figures/{self.name}.png)\n\n*{self.caption}* ({links})\n\n"
+
+
+Plans = Mapping[str, Callable[[], "Figure | None"]]
+"""How to draw each figure, by name; a figure there is no data for is None."""
+
 
 def write_figures(scores: Scores, folder: Path, variance: Mapping[str, Any] | None = None) -> list[Drawn]:
     """Draw what the study has data for, and remove the files of figures that it has none for.
@@ -45,19 +54,7 @@ def write_figures(scores: Scores, folder: Path, variance: Mapping[str, Any] | No
     Returns:
         The figures that were written, in `ORDER`.
     """
-    from analysis import figures_curves as curves
-    from analysis import figures_forest as forests
-
-    draw: dict[str, Callable[[], Figure | None]] = {
-        "final_accuracy": lambda: forests.final_accuracy(scores),
-        "differences": lambda: forests.differences(scores),
-        "learning_curves": lambda: curves.learning_curves(scores),
-        "pass_at_k": lambda: curves.pass_at_k(scores),
-        "entropy_and_gradient_norm": lambda: curves.entropy_and_gradient_norm(scores),
-        "rollouts_per_prompt": lambda: curves.rollouts_per_prompt(scores),
-        "spend_by_phase": lambda: forests.spend_by_phase(scores),
-        "gradient_variance": lambda: forests.gradient_variance(variance or {}),
-    }
+    draw = report_figures(scores, variance)
     folder.mkdir(parents=True, exist_ok=True)
     captions, written = _captions(scores), []
     with theme():
@@ -70,6 +67,58 @@ def write_figures(scores: Scores, folder: Path, variance: Mapping[str, Any] | No
             save(figure, folder, name)
             written.append(Drawn(name, captions[name]))
     return written
+
+
+def report_figures(scores: Scores, variance: Mapping[str, Any] | None = None) -> Plans:
+    """The figures of a report, in `ORDER`."""
+    from analysis import figures_curves as curves
+    from analysis import figures_forest as forests
+
+    return {
+        "final_accuracy": lambda: forests.final_accuracy(scores),
+        "differences": lambda: forests.differences(scores),
+        "learning_curves": lambda: curves.learning_curves(scores),
+        "pass_at_k": lambda: curves.pass_at_k(scores),
+        "entropy_and_gradient_norm": lambda: curves.entropy_and_gradient_norm(scores),
+        "rollouts_per_prompt": lambda: curves.rollouts_per_prompt(scores),
+        "spend_by_phase": lambda: forests.spend_by_phase(scores),
+        "gradient_variance": lambda: forests.gradient_variance(variance or {}),
+    }
+
+
+def paper_figures(scores: Scores, variance: Mapping[str, Any] | None = None) -> Plans:
+    """The figures of a report, and those that papers add."""
+    from analysis import figures_paper as paper
+
+    return {
+        **report_figures(scores, variance),
+        "difficulty": lambda: paper.difficulty(scores),
+        "performance_profiles": lambda: paper.performance_profiles(scores),
+        "probability_of_improvement": lambda: paper.improvement(scores),
+        "pareto": lambda: paper.pareto(scores),
+        "step_histograms": lambda: paper.step_histograms(scores),
+    }
+
+
+def write_paper_figures(plans: Plans, folder: Path, prefix: str, wide: Collection[str] = ()) -> list[Path]:
+    """Write ``<prefix>_<name>_<column>.{svg,pdf,png}`` at the widths of one and of two columns of a paper.
+
+    Args:
+        wide: names of figures that need two columns.
+
+    Returns:
+        The PNG files of two columns' width, for a notebook to show.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = []
+    for column, width in COLUMNS.items():
+        with theme(width):
+            for name, draw in plans.items():
+                figure = None if column == "single" and name in wide else draw()
+                if figure is not None:
+                    save(figure, folder, f"{prefix}_{name}_{column}")
+                    shown += [folder / f"{prefix}_{name}_{column}.png"] if column == "double" else []
+    return shown
 
 
 def _captions(scores: Scores) -> dict[str, str]:

@@ -19,9 +19,13 @@ from analysis.palette import Style, styles
 from analysis.plotting import (
     REFERENCE_GREY,
     amounts,
+    arm_title,
+    beside,
+    compact_log,
     cost_label,
+    label_below,
     legend_right,
-    new_figure,
+    narrow,
     panels,
     percent,
 )
@@ -63,12 +67,12 @@ def learning_curves(scores: Scores) -> Figure | None:
         if reference is not None and arm != study.reference:
             axis.plot(reference.cost, reference.mean, color=REFERENCE_GREY, linewidth=1.2, zorder=2)
         _draw(axis, curve, Style(looks[arm].colour, looks[arm].marker, (0, ())))
-        axis.set_title(arm, color=looks[arm].colour, fontweight="bold", loc="left", pad=3)
+        arm_title(axis, arm, looks[arm].colour)
         axis.margins(x=0.02)
     _limits(axes[0], list(curves.values()), floor=0.0)
     percent(axes[0].yaxis)
     amounts(axes[0].xaxis, bins=3)
-    figure.supxlabel(cost_label(study.currency), fontsize=8.5)
+    label_below(figure, cost_label(study.currency))
     figure.supylabel("pass@1, %", fontsize=8.5)
     return figure
 
@@ -80,8 +84,7 @@ def entropy_and_gradient_norm(scores: Scores) -> Figure | None:
     kept = [(key, label) for key, label in OPTIMISATION if any(curves[key].values())]
     if not kept:
         return None
-    figure = new_figure(3.3)
-    axes = list(figure.subplots(1, len(kept), sharex=True, squeeze=False)[0])
+    figure, axes = beside(len(kept), 2.2 if narrow() else 3.3)
     for axis, (key, label) in zip(axes, kept, strict=True):
         drawn = []
         for arm in study.arms:
@@ -95,22 +98,20 @@ def entropy_and_gradient_norm(scores: Scores) -> Figure | None:
         _positive_scale(axis, drawn)
         axis.set_title(label, loc="left")
         axis.margins(x=0.02)
-        axis.set_xlabel(cost_label(study.currency))
         amounts(axis.xaxis)
+        axis.label_outer()
+    for axis in axes if not narrow() else axes[-1:]:
+        axis.set_xlabel(cost_label(study.currency))
     legend_right(figure, axes[-1])
     return figure
 
 
 def _positive_scale(axis: Axes, curves: list[Band]) -> None:
     """A logarithmic axis where arms differ by more than a factor of ten, for instance by loss scale."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     means = np.concatenate([curve.mean for curve in curves])
     if means.min() > 0 and means.max() > 10 * means.min():
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        compact_log(axis.yaxis)
     elif means.min() >= 0:
         axis.set_ylim(bottom=0)
 
@@ -131,14 +132,14 @@ def rollouts_per_prompt(scores: Scores) -> Figure | None:
         mean = values @ share
         centres = (edges[:-1] + edges[1:]) / 2
         axis.plot(centres, mean, color="#D55E00", linewidth=1.2, linestyle=(0, (3, 1.5)), label="mean")
-        axis.set_title(arm, color=styles(study.plan["arms"])[arm].colour, fontweight="bold", loc="left", pad=3)
+        arm_title(axis, arm, styles(study.plan["arms"])[arm].colour)
         axis.grid(visible=False)
     from matplotlib.ticker import MaxNLocator
 
     axes[0].yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    amounts(axes[0].xaxis)
+    amounts(axes[0].xaxis, bins=2 if narrow() else 4)
     axes[0].legend(loc="upper right", handlelength=2.2, frameon=True, framealpha=0.85, edgecolor="none")
-    figure.supxlabel(cost_label(study.currency), fontsize=8.5)
+    label_below(figure, cost_label(study.currency))
     figure.supylabel("rollouts of a prompt", fontsize=8.5)
     if mesh is not None:
         bar = figure.colorbar(mesh, ax=axes, shrink=0.9, aspect=18, pad=0.02)
@@ -156,8 +157,7 @@ def pass_at_k(scores: Scores) -> Figure | None:
         arm: np.array([(scores.final(arm, f"pass_at_{k}") @ weights).mean() for k in tries]) for arm in study.arms
     }
     base = curves.get(study.reference)
-    figure = new_figure(3.3)
-    axes = list(figure.subplots(1, 1 if base is None else 2, sharex=True, squeeze=False)[0])
+    figure, axes = beside(1 if base is None else 2, 2.2 if narrow() else 3.3)
     for arm, curve in curves.items():
         style = looks[arm]
         for axis, values in zip(axes, [curve] if base is None else [curve, curve - base], strict=True):

@@ -12,11 +12,21 @@ from analysis.comparisons import Scores
 from analysis.figure_data import phase_seconds
 from analysis.formatting import interval, metric_name, points
 from analysis.palette import PHASES, Style, styles
-from analysis.plotting import REFERENCE_GREY, amounts, new_figure, percent, point, rows
+from analysis.plotting import (
+    REFERENCE_GREY,
+    amounts,
+    beside,
+    label_below,
+    label_x,
+    narrow,
+    new_figure,
+    percent,
+    point,
+    rows,
+)
 from analysis.results import Study
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from analysis.statistics import Estimate
@@ -33,12 +43,12 @@ def final_accuracy(scores: Scores) -> Figure | None:
     """Final pass@1 (the primary metric) of every arm with its two-level interval, the best on top."""
     study = scores.study
     found = {arm: scores.estimate(scores.final(arm, study.metric)) for arm in study.arms}
-    figure = _forest(study, found)
+    figure = forest(study, found)
     axis = figure.axes[0]
     if study.reference in found:
         mean = float(found[study.reference].mean)
         axis.axvline(mean, color=REFERENCE_GREY, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
-    axis.set_xlabel(f"final {metric_name(study.metric)}, %, mean over families and 95 % interval")
+    label_x(figure, axis, f"final {metric_name(study.metric)}, %, mean over families and 95 % interval")
     return figure
 
 
@@ -53,14 +63,14 @@ def differences(scores: Scores) -> Figure | None:
     }
     if not found:
         return None
-    figure = _forest(study, found, sign=True)
+    figure = forest(study, found, sign=True)
     axis = figure.axes[0]
     axis.axvline(0, color="#444444", linewidth=0.9, zorder=1)
-    axis.set_xlabel(f"{metric_name(study.metric)} minus {study.reference}, points, paired, 95 % interval")
+    label_x(figure, axis, f"{metric_name(study.metric)} minus {study.reference}, points, paired, 95 % interval")
     return figure
 
 
-def _forest(study: Study, found: Mapping[str, Estimate], *, sign: bool = False) -> Figure:
+def forest(study: Study, found: Mapping[str, Estimate], *, sign: bool = False, digits: int = 1) -> Figure:
     """One row an arm, sorted by the mean, with the numbers written at the right edge."""
     looks = styles(study.plan["arms"])
     order = sorted(found, key=lambda arm: (-float(found[arm].mean), arm))
@@ -69,12 +79,13 @@ def _forest(study: Study, found: Mapping[str, Estimate], *, sign: bool = False) 
     for row, arm in enumerate(order):
         mean, low, high = (float(x) for x in (found[arm].mean, found[arm].low, found[arm].high))
         point(axis, row, mean, (low, high), looks[arm])
-        text = f"{points(mean, sign=sign)}  {interval(low, high, sign=sign)}"
+        text = points(mean, digits=digits, sign=sign)
+        text += "" if narrow() else f"  {interval(low, high, digits=digits, sign=sign)}"
         axis.text(1.01, row, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7.5)
     rows(axis, order)
     for label, arm in zip(axis.get_yticklabels(), order, strict=True):
         label.set_fontweight("bold" if arm == study.reference else "normal")
-    percent(axis.xaxis, bins=8)
+    percent(axis.xaxis, bins=5 if narrow() else 8)
     return figure
 
 
@@ -97,9 +108,10 @@ def spend_by_phase(scores: Scores) -> Figure | None:
         axis.text(total, row, f" {total:.3g} s", va="center", fontsize=7)
     rows(axis, list(seconds.index))
     axis.set_xlim(0, 1.09 * float(left.max()))
-    amounts(axis.xaxis, bins=7)
-    axis.set_xlabel("device seconds of a run, mean over seeds")
-    figure.legend(loc="outside upper center", ncols=len(phases), handlelength=1.0, columnspacing=1.2)
+    amounts(axis.xaxis, bins=4 if narrow() else 7)
+    label_x(figure, axis, "device seconds of a run, mean over seeds")
+    columns = 4 if narrow() else len(phases)
+    figure.legend(loc="outside upper center", ncols=columns, handlelength=1.0, columnspacing=1.2)
     return figure
 
 
@@ -114,8 +126,7 @@ def gradient_variance(record: Mapping[str, Any]) -> Figure | None:
     allocators = list(dict.fromkeys(str(entry["allocator"]) for entry in entries))
     if not entries:
         return None
-    figure = new_figure(0.26 * len(allocators) + 0.95)
-    axes: list[Axes] = list(figure.subplots(1, len(advantages), sharex=True, sharey=True, squeeze=False)[0])
+    figure, axes = beside(len(advantages), 0.26 * len(allocators) + 0.95, share_y=True)
     spare = styles([name for name in allocators if name not in _VARIANCE_STYLES])
     for axis, advantage in zip(axes, advantages, strict=True):
         axis.axvline(1.0, color="#444444", linewidth=0.9, zorder=1)
@@ -127,5 +138,6 @@ def gradient_variance(record: Mapping[str, Any]) -> Figure | None:
                 point(axis, allocators.index(name), float(entry["ratio"]), (ends[0], ends[1]), style)
         rows(axis, [name.replace("_", " ") for name in allocators])
         axis.set_title(f"advantage: {advantage.replace('_', ' ')}", loc="left")
-    figure.supxlabel("trace of the gradient's covariance relative to uniform, 95 % interval", fontsize=8.5)
+    text = "trace of the gradient's covariance relative to uniform, 95 % interval"
+    label_below(figure, text)
     return figure

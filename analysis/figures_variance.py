@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.figures import Drawn
 from analysis.palette import DASHED, DOTTED, SOLID, Style, styles
-from analysis.plotting import new_figure, percent, save, theme
+from analysis.plotting import label_below, new_figure, percent, save, theme
 from analysis.variance_allocators import LABELS, NAMES, RULES
 from analysis.variance_replay import proxy
 from methods.allocation import bounds
@@ -29,6 +29,7 @@ STYLES = {
     "gvm": Style("#117733", "^", SOLID),
     "knapsack": Style("#882255", "v", SOLID),
     "cures": Style("#8A8A1F", "P", SOLID),
+    "gradient": Style("#00A87A", "h", SOLID),
     "oracle_p": Style("#AA4499", "X", DOTTED),
     "oracle_variance": Style("#332288", "*", DOTTED),
     "oracle_unbounded": Style("#4BA3D9", "*", DASHED),
@@ -60,7 +61,7 @@ def variance_ratio(frame: pd.DataFrame, checkpoint: str) -> Figure:
                 axis.set_title(f"n = {budget} per prompt", loc="left")
         grid[r][-1].yaxis.set_label_position("right")
         grid[r][-1].set_ylabel(kind, rotation=270, va="bottom")
-    figure.supxlabel("variance of the gradient relative to uniform allocation, 95 % interval", fontsize=8.5)
+    label_below(figure, "variance of the gradient relative to uniform allocation, 95 % interval")
     return figure
 
 
@@ -91,7 +92,7 @@ def predicted_and_realised(frame: pd.DataFrame, budget: int) -> Figure:
         percent(axis.xaxis)
         percent(axis.yaxis)
     axes[0].set_ylabel("measured reduction, %")
-    figure.supxlabel("reduction that the rule's own model predicts, %", fontsize=8.5)
+    label_below(figure, "reduction that the rule's own model predicts, %")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, handletextpad=0.2, columnspacing=1.0)
     return figure
@@ -140,7 +141,7 @@ def rollouts_and_p_hat(allocations: pd.DataFrame, checkpoint: str, budget: int) 
         axis.set_title(LABELS[name], loc="left", fontsize=7.5)
     for axis in axes[len(RULES) :]:
         axis.set_visible(False)
-    figure.supxlabel("success rate of the history sample", fontsize=8.5)
+    label_below(figure, "success rate of the history sample")
     figure.supylabel("rollouts of the prompt", fontsize=8.5)
     return figure
 
@@ -153,7 +154,7 @@ def along_training(frame: pd.DataFrame, budget: int) -> Figure:
     figure = new_figure(4.3)
     grid = figure.subplots(2, len(kinds), sharex=True, sharey="row", squeeze=False)
     shown = [
-        name for name in ("dynamo_released", "neyman", "oracle_p", "oracle_variance") if name in set(mine["allocator"])
+        name for name in ("dynamo_released", "neyman", "gradient", "oracle_variance") if name in set(mine["allocator"])
     ]
     for c, kind in enumerate(kinds):
         top, bottom = grid[0][c], grid[1][c]
@@ -173,7 +174,7 @@ def along_training(frame: pd.DataFrame, budget: int) -> Figure:
     grid[0][0].set_ylabel("variance, uniform")
     grid[1][0].set_ylabel("ratio to uniform")
     others = f"; dashed: {', '.join(arms[1:])}" if arms[1:] else ""
-    figure.supxlabel(f"training budget spent, % (below, solid: {arms[0]}{others})", fontsize=8.5)
+    label_below(figure, f"training budget spent, % (below, solid: {arms[0]}{others})")
     grid[0][-1].legend(loc="best")
     handles, labels = grid[1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(shown))

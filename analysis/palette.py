@@ -45,6 +45,7 @@ ARMS = {
     "dynamo_compensation": Style("#C9609B", "D", DASH_DOT),
     "dynamo_stabilisation": Style("#A08433", "o", DASH_DOT),
     "dynamo_readme": Style("#E0523D", "d", SOLID),
+    "dynamo_gradient": Style("#7A6FF0", "8", SOLID),
     "dynamo_released": Style("#9E2A2B", "d", DASHED),
 }
 """The arms of the shipped studies. An arm that is not here takes one of SPARE."""

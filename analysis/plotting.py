@@ -5,11 +5,15 @@ time.
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Iterator
+from contextvars import ContextVar
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.formatting import amount, currency_name
+from benchmark.jsonl import atomic_write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from analysis.palette import Style
 
 WIDTH = 6.9  # inches: a text width of A4 or letter paper
+COLUMNS = {"single": 3.25, "double": 6.75}  # inches: widths of figures in a two-column paper
+NARROW = 5.0  # inches: below it, panels go below each other and legends below the figure
 FORMATS = ("svg", "pdf", "png")
 REFERENCE_GREY = "#9A9A9A"
 
@@ -58,35 +64,60 @@ _RC: Any = {
 }
 
 
+_width: ContextVar[float] = ContextVar("_width", default=WIDTH)
+
+
 @contextlib.contextmanager
-def theme() -> Iterator[None]:
-    """The settings under which figures are drawn and saved; settings of the caller come back afterwards."""
+def theme(width: float = WIDTH) -> Iterator[None]:
+    """The settings under which figures are drawn and saved; settings of the caller come back afterwards.
+
+    Args:
+        width: of every figure, in inches.
+    """
     import matplotlib as mpl
     import seaborn as sns
 
-    with mpl.rc_context(), sns.axes_style("ticks"):
-        mpl.rcParams.update(_RC)
-        yield
+    token = _width.set(width)
+    try:
+        with mpl.rc_context(), sns.axes_style("ticks"):
+            mpl.rcParams.update(_RC)
+            yield
+    finally:
+        _width.reset(token)
 
 
-def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure that no global state knows (so that nothing has to be closed); sizes in inches."""
+def narrow() -> bool:
+    """Whether figures are drawn for one column of a paper."""
+    return _width.get() < NARROW
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure that no global state knows (so that nothing has to be closed); `height` in inches."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height))
+    return Figure(figsize=(_width.get(), height))
 
 
-def panels(count: int, columns: int, height: float = 1.35, *, share_y: bool = True) -> tuple[Figure, list[Axes]]:
+def beside(count: int, height: float, *, share_x: bool = True, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of `height` inches with axes beside each other, or below each other where it is narrow."""
+    shape = (count, 1) if narrow() else (1, count)
+    figure = new_figure(height * shape[0])
+    return figure, list(figure.subplots(*shape, sharex=share_x, sharey=share_y, squeeze=False).flat)
+
+
+def panels(
+    count: int, columns: int, height: float = 1.35, *, share_x: bool = True, share_y: bool = True
+) -> tuple[Figure, list[Axes]]:
     """A figure of small panels with shared axes, row by row.
 
     Args:
         count: panels; places left over in the last row stay empty, and the panel above has the tick labels.
-        columns: at most this many in a row. height: of a row, in inches. share_y: one scale for all.
+        columns: at most this many in a row. height: of a row, in inches. share_x, share_y: one scale for all.
     """
-    columns = min(columns, count)
+    columns = min(columns, count, max(1, int(_width.get() / 1.6)))
     rows = -(-count // columns)
     figure = new_figure(height * rows + 0.55)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False)
+    grid = figure.subplots(rows, columns, sharex=share_x, sharey=share_y, squeeze=False)
     axes = list(grid.flat)
     for place, axis in enumerate(axes):
         if place >= count:
@@ -100,8 +131,9 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write ``<folder>/<name>.{svg,pdf,png}``; call it inside `theme`."""
     paths = [folder / f"{name}.{suffix}" for suffix in FORMATS]
     for path in paths:
-        kind = path.suffix[1:]
-        figure.savefig(path, format=kind, metadata=_METADATA[kind])
+        kind, drawn = path.suffix[1:], BytesIO()
+        figure.savefig(drawn, format=kind, metadata=_METADATA[kind])
+        atomic_write_bytes(path, drawn.getvalue())
     return paths
 
 
@@ -147,7 +179,40 @@ def rows(axis: Axes, labels: list[str]) -> None:
     axis.spines["left"].set_visible(False)
 
 
+def label_x(figure: Figure, axis: Axes, text: str) -> None:
+    """The label of the x axis; in a narrow figure below the whole of it."""
+    if narrow():
+        label_below(figure, text)
+    else:
+        axis.set_xlabel(text)
+
+
+def label_below(figure: Figure, text: str) -> None:
+    """One label for all x axes, in as many lines as it takes."""
+    figure.supxlabel(textwrap.fill(text, 46) if narrow() else text, fontsize=8.5)
+
+
+def arm_title(axis: Axes, arm: str, colour: str) -> None:
+    """The name of an arm above its panel, small enough not to reach into the next one."""
+    grid = axis.get_subplotspec()
+    room = 72 * 0.86 * _width.get() / (grid.get_gridspec().ncols if grid is not None else 1)
+    axis.set_title(arm, color=colour, fontweight="bold", loc="left", pad=3, fontsize=min(8.5, room / (0.72 * len(arm))))
+
+
+def compact_log(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis: 1, 2, 5, 10."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def legend_right(figure: Figure, axis: Axes) -> None:
-    """One legend for all panels, in a column outside at the right."""
+    """One legend for all panels, in a column outside at the right, or in two columns below a narrow figure."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", handlelength=2.6, labelspacing=0.55)
+    if not narrow():
+        figure.legend(handles, labels, loc="outside right upper", handlelength=2.6, labelspacing=0.55)
+        return
+    figure.set_figheight(figure.get_figheight() + 0.15 * -(-len(labels) // 2))
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=2.2, fontsize=6.5)

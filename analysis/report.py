@@ -1,4 +1,4 @@
-"""The report of a study: REPORT.md with its tables and figures, made from the recorded files alone."""
+"""The report of a study: REPORT.md and index.html with their tables and figures, made from the recorded files alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from analysis.claims import RULE, Answer, answer_claims
 from analysis.comparisons import Difference, Scores
 from analysis.figures import Drawn, write_figures
-from analysis.formatting import amount, counted, currency_name, exact
+from analysis.page import Findings, write_page
+from analysis.provenance import audit, caveats, facts, measured_on, reproduce
 from analysis.readme import read_marked, write_readme
 from analysis.results import Study, load_study, read_json
 from analysis.summary import METHOD, headline
@@ -26,13 +27,13 @@ from analysis.table_spend import cost_table, ranking_table, rollouts_table, seco
 from analysis.table_variance import variance_table
 from analysis.tables import Table
 from benchmark.errors import InputError
-from benchmark.jsonl import atomic_write_text
+from benchmark.jsonl import atomic_write_text, clear_partial
 
 TABLES, FIGURES = "tables", "figures"
 
 
 def write_report(study_dir: Path, readme: Path | None = None) -> Path:
-    """Write ``tables/*.{md,csv,tex}``, ``figures/*.{svg,pdf,png}`` and ``REPORT.md`` of a results folder.
+    """Write ``tables/*.{md,csv,tex}``, ``figures/*.{svg,pdf,png}``, ``REPORT.md`` and ``index.html`` of a study.
 
     What is missing or failed is named first and left out of every number. The same records give the same
     bytes.
@@ -61,14 +62,17 @@ def write_report(study_dir: Path, readme: Path | None = None) -> Path:
     tables = {table.name: table for table in _tables(scores, answers, differences, variance)}
     folder = study_dir / TABLES
     folder.mkdir(exist_ok=True)
+    for written_to in (study_dir, folder, study_dir / FIGURES):
+        clear_partial(written_to)
     for written in [path for suffix in ("md", "csv", "tex") for path in folder.glob(f"*.{suffix}")]:
         if written.stem not in tables:
             written.unlink()
     for table in tables.values():
         table.write(folder)
     figures = {drawn.name: drawn for drawn in write_figures(scores, study_dir / FIGURES, variance)}
-    path = study_dir / "REPORT.md"
-    atomic_write_text(path, _compose(scores, answers, headline(scores, differences), tables, figures))
+    path, result = study_dir / "REPORT.md", headline(scores, differences)
+    atomic_write_text(path, _compose(scores, answers, result, tables, figures))
+    write_page(study_dir / "index.html", Findings(scores, result, answers, tables, figures))
     if readme is not None:
         write_readme(readme, scores, differences, answers, study_dir / FIGURES)
     return path
@@ -143,7 +147,7 @@ def _compose(
 
     study = scores.study
     sections = {
-        "What to know first": _problems(scores),
+        "What to know first": _listed(caveats(scores)),
         "Claims": _claims(study, answers),
         "Main table": f"{result}\n\n{table('main_table')}{figure('final_accuracy')}",
         f"Difference to {study.reference}": table("differences") + figure("differences"),
@@ -151,48 +155,30 @@ def _compose(
         "Learning curves and cost": figure("learning_curves") + table("cost_to_target"),
         "Ranking under other currencies": table("ranking_by_currency"),
         "Robust aggregates": table("aggregates"),
-        "What was spent": table("spend") + table("rollouts") + table("seconds") + figure("spend_by_phase"),
+        "What was spent": _listed(audit(study))
+        + "\n"
+        + table("spend")
+        + table("rollouts")
+        + table("seconds")
+        + figure("spend_by_phase"),
         "During training": figure("entropy_and_gradient_norm") + figure("rollouts_per_prompt"),
         "Gradient variance": table("gradient_variance") + figure("gradient_variance"),
         "How the numbers were made": METHOD,
         "How to reproduce": _reproduce(study),
-        "Measured on": _measured_on(study),
+        "Measured on": _listed(measured_on(study)),
     }
     body = "".join(f"## {title}\n\n{text.strip()}\n\n" for title, text in sections.items() if text.strip())
     return f"# {study.name}\n\n{_opening(scores)}\n\n{body.rstrip()}\n"
 
 
 def _opening(scores: Scores) -> str:
-    study = scores.study
-    question = str(study.plan.get("question") or "").strip()
-    budget = float(study.done["planned"].iloc[0])
-    currency = currency_name(str(study.done["planned_currency"].iloc[0]))
-    facts = (
-        f"{len(study.done)} of {counted(len(study.cells), 'run')}: {counted(len(study.arms), 'arm')}, "
-        f"{counted(len(study.plan['seeds']), 'seed')}, {exact(budget)} {currency} each, scale "
-        f"`{study.plan.get('scale', '?')}`; final evaluation on {counted(len(scores.items), 'problem')} with "
-        f"{counted(study.samples, 'sample')} each."
+    question = str(scores.study.plan.get("question") or "").strip()
+    told = facts(scores)
+    line = (
+        f"{told['runs']}: {told['arms']}, {told['seeds']}, {told['budget']}, scale `{told['scale']}`; final "
+        f"evaluation on {told['problems']} with {told['samples']} each."
     )
-    return f"**{question}**\n\n{facts}" if question else facts
-
-
-_SHARED = {
-    0: "so no difference is shown",
-    1: "so the intervals of the difference are over problems only and do not hold the luck of training",
-}
-
-
-def _problems(scores: Scores) -> str:
-    study, problems = scores.study, list(scores.study.problems)
-    absent = [arm for arm in study.plan["arms"] if arm not in study.arms]
-    if study.reference in absent:
-        problems.append(f"{study.reference}, the reference, has no finished run: nothing can be compared.")
-    elif len(study.plan["seeds"]) > 1:
-        shared = {arm: len(scores.seeds(arm, study.reference)) for arm in study.arms if arm != study.reference}
-        for count, what in _SHARED.items():
-            if lone := [arm for arm in shared if shared[arm] == count]:
-                problems.append(f"{', '.join(lone)}: {counted(count, 'seed')} shared with {study.reference}, {what}.")
-    return "".join(f"- {problem}\n" for problem in problems)
+    return f"**{question}**\n\n{line}" if question else line
 
 
 def _claims(study: Study, answers: Sequence[Answer]) -> str:
@@ -222,27 +208,11 @@ def _figure(drawn: Drawn) -> str:
 
 
 def _reproduce(study: Study) -> str:
-    seeds: list[int] = study.plan["seeds"]
-    options = f"--scale {study.plan.get('scale', 'small')}"
-    if seeds == list(range(len(seeds))):  # other seeds can only come from the study's own file
-        options += f" --seeds {len(seeds)}"
-    whole = "nox -s reproduce_main_table --" if study.name == "main_table" else f"rolloutbench study {study.name}"
-    command = f"{whole} {options}"
     return (
-        f"```\n{command}\n```\n\nOnly missing runs are run. `rolloutbench report` with this folder makes this "
+        f"```\n{reproduce(study)}\n```\n\nOnly missing runs are run. `rolloutbench report` with this folder makes this "
         "report again from the recorded files."
     )
 
 
-def _measured_on(study: Study) -> str:
-    devices = sorted({str(device) for device in study.done["device"].dropna()})
-    versions = [f"{library} {' and '.join(found)}" for library, found in study.versions.items()]
-    seconds = float(study.done["wall_seconds"].fillna(0.0).sum())
-    lines = [
-        f"Device: {', '.join(devices) or 'not recorded'}; {amount(seconds / 60)} minutes of wall time, added up "
-        "over the runs.",
-        f"Versions: {', '.join(versions) or 'not recorded'}.",
-    ]
-    if any(len(found) > 1 for found in study.versions.values()):
-        lines.append("The runs did not all use the same versions.")
+def _listed(lines: Sequence[str]) -> str:
     return "".join(f"- {line}\n" for line in lines)

@@ -162,7 +162,7 @@ class Spread:
     Attributes:
         error: standard error of the mean, seeds and problems together.
         seed_sd: standard deviation of the seed means. item_error: the part of `error` that comes from
-        problems.
+            problems.
     """
 
     error: float

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,7 @@ class Study:
         cells: one row per planned cell: arm, seed, dir, state (done, failed, running, interrupted, missing,
             incomplete), message; of done cells also planned, steps, overshoot, wall_seconds, device,
             spent/<currency>, oracle/<currency>, drawn/<fate>, seconds/<phase>, versions.
-        points: one row per evaluation of a done cell: arm, seed, point, step, final, and the cumulative
-        training
+        points: one row per evaluation of a done cell: arm, seed, point, step, final, and the cumulative training
             spend in every currency.
         evaluations: one row per evaluated item: arm, seed, point, item, family, n samples, c correct.
         steps: one row per training step: arm, seed, step, currencies (cumulative), metric keys.
@@ -123,6 +122,21 @@ class Study:
             for library, version in json.loads(versions).items():
                 found.setdefault(library, set()).add(str(version))
         return {library: sorted(versions) for library, versions in sorted(found.items())}
+
+
+def only(study: Study, arms: Sequence[str], reference: str) -> Study:
+    """The same study as if it had only some of its arms, and that one as the reference; claims are left out.
+
+    Raises:
+        InputError: an arm has no finished run.
+    """
+    for arm in arms:
+        if arm not in study.arms:
+            known = f"Arms with finished runs: {', '.join(study.arms)}"
+            raise InputError("has no finished run", key="arm", value=arm, remedy=known)
+    names = ("cells", "points", "evaluations", "steps", "allocation")
+    frames = {name: getattr(study, name)[lambda frame: frame["arm"].isin(arms)] for name in names}
+    return replace(study, plan={**study.plan, "arms": list(arms), "reference": reference, "claims": []}, **frames)
 
 
 def k_of(metric: str) -> int:

@@ -16,6 +16,8 @@ from analysis.statistics import Floats, detectable_shift, holm, improvement_esti
 from analysis.tables import TIED, Column, Table, Text
 
 ARM = Column("arm", left=True)
+MOST_SEEDS = 200
+"""Beyond these, more seeds are no answer."""
 
 
 def main_table(scores: Scores) -> Table:
@@ -101,7 +103,7 @@ def detectable_sentence(differences: Sequence[Difference]) -> str:
     one = np.array([d.detectable() for d in known])
     all_ = np.array([d.detectable(len(known)) for d in known])
     seeds = sorted({d.seeds for d in known})
-    needed = _seeds_for(0.01, known)
+    needed = seeds_for(0.01, known) or f"more than {MOST_SEEDS}"
     return (
         f"Minimum detectable effect (80 % power, two-sided .05) with {_range(seeds)} seeds: "
         f"{points(float(np.median(one)))} points (median over arms; {points(float(one.min()))} to "
@@ -110,17 +112,17 @@ def detectable_sentence(differences: Sequence[Difference]) -> str:
     )
 
 
-def _seeds_for(effect: float, differences: Sequence[Difference]) -> str:
-    """Seeds at which the median arm's detectable effect is `effect`, if seeds alone can get there."""
-    for seeds in range(2, 201):
+def seeds_for(effect: float, differences: Sequence[Difference]) -> int | None:
+    """Seeds at which the median arm's detectable effect is `effect`; None where `MOST_SEEDS` do not get there."""
+    for seeds in range(2, MOST_SEEDS + 1):
         errors = []
         for d in differences:
             seed_part = d.seed_sd**2 / d.seeds
             items = max(d.error**2 - seed_part, 0.0)
             errors.append(np.sqrt(d.seed_sd**2 / seeds + items) * detectable_shift(seeds))
         if float(np.median(errors)) <= effect:
-            return str(seeds)
-    return "more than 200"
+            return seeds
+    return None
 
 
 def family_table(scores: Scores, differences: Sequence[Difference]) -> Table:

@@ -73,6 +73,12 @@ class Table:
     data: pd.DataFrame
     notes: Sequence[str] = field(default_factory=tuple)
 
+    def section(self) -> str:
+        """Title, links to the files, table and notes, as a report shows them."""
+        links = ", ".join(f"[{suffix}](tables/{self.name}.{suffix})" for suffix in ("csv", "tex"))
+        notes = "".join(f"{note}\n" for note in self.notes)
+        return f"**{self.title}** ({links})\n\n{self.markdown()}\n{notes}\n"
+
     def markdown(self) -> str:
         """The table in Markdown, without title and notes."""
         titles = [f"{c.group} {c.title}".strip() for c in self.columns]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from benchmark.history import HistoryView
 from methods.allocation import bounds, min_variance_allocation
+from methods.gradient_allocation import GradientAllocation
 from methods.neyman import NeymanAllocation, expected_deviation
 from methods.objectives import allocate, gvm_weight
 from methods.released_allocation import ReadmeAllocation, ReleasedAllocation
@@ -63,6 +64,11 @@ def cures(known: Known) -> Floats:
     return np.sqrt(np.maximum(square - (p * q * (known.norm[:, 1] - known.norm[:, 0])) ** 2, 0.0))
 
 
+def gradient(known: Known) -> Floats:
+    """`dynamo_gradient`'s s_i, (P,)."""
+    return GradientAllocation(prior=PRIOR).deviations(known.history)
+
+
 def _proportional(weight: Callable[[Known], Floats]) -> Callable[[Known, int], Ints]:
     def rule(known: Known, budget: int) -> Ints:
         low, high = bounds(len(known.history), budget, None, None)
@@ -90,6 +96,7 @@ RULES: dict[str, Callable[[Known, int], Ints]] = {
     "gvm": _proportional(gvm),
     "knapsack": _knapsack,
     "cures": _proportional(cures),
+    "gradient": _proportional(gradient),
 }
 """Rules that read the history sample, by name: (known, budget) -> (P,) int64."""
 
@@ -107,6 +114,7 @@ LABELS = {
     "gvm": "GVM",
     "knapsack": "Knapsack",
     "cures": "CurES",
+    "gradient": "length and entropy (ours)",
     "oracle_p": "Neyman, oracle p",
     "oracle_variance": "oracle variance",
     "oracle_unbounded": "oracle variance, no bounds",
@@ -116,7 +124,7 @@ LABELS = {
 
 def assumed_deviation(name: str, known: Known) -> Floats:
     """The s_i with which the rule predicts sum_i s_i^2 / n_i, (P,); the outcome's where it predicts no variance."""
-    return {"gvm": gvm, "cures": cures}.get(name, bernoulli)(known)
+    return {"gvm": gvm, "cures": cures, "gradient": gradient}.get(name, bernoulli)(known)
 
 
 def predicted_ratio(s: Floats, n: Ints, uniform: Ints) -> float:

@@ -42,6 +42,7 @@ from benchmark.verifier import Verifier
 Floats = NDArray[np.float64]
 COORDINATES = ("gradient", "adam", "last layer")
 ROLLOUTS_AT_ONCE = 64  # whose gradients exist together: 64 x D floats
+PLAIN = ("length", "successes", "trials", "tokens", "surprisal", "norm", "square")
 PROMPTS_AT_ONCE = 8  # whose rollouts are decoded together
 
 
@@ -109,7 +110,7 @@ class Statistics:
     Attributes:
         sums: block sums by coordinates. gram: (2 P, 2 P) by coordinates, products of the sums of G of every prompt and
             class over the whole pool. length: (P,) mean tokens of a rollout.
-        successes, trials: (P,) of the history sample. norm, square: (P, 2), see `Known`.
+        successes, trials, tokens, surprisal: (P,) of the history sample. norm, square: (P, 2), see `Known`.
     """
 
     sums: dict[str, BlockSums]
@@ -117,6 +118,8 @@ class Statistics:
     length: Floats
     successes: Floats
     trials: Floats
+    tokens: Floats
+    surprisal: Floats
     norm: Floats
     square: Floats
 
@@ -124,12 +127,12 @@ class Statistics:
     def known(self) -> Known:
         """What a rule may read."""
         history = PromptHistory(len(self.length))
-        history.record(range(len(self.length)), self.successes, self.trials)
+        history.record(range(len(self.length)), self.successes, self.trials, self.tokens, self.surprisal)
         return Known(history.view(range(len(self.length))), self.norm, self.square)
 
     def save(self, path: Path) -> None:
         """Write one file, whole or not at all."""
-        arrays = {name: getattr(self, name) for name in ("length", "successes", "trials", "norm", "square")}
+        arrays = {name: getattr(self, name) for name in PLAIN}
         for name in self.sums:
             arrays[f"gram/{name}"] = self.gram[name]
             arrays |= {f"{part}/{name}": getattr(self.sums[name], part) for part in ("count", "square", "product")}
@@ -147,7 +150,7 @@ class Statistics:
         with np.load(path) as arrays:
             names = [name.removeprefix("gram/") for name in arrays if name.startswith("gram/")]
             sums = {n: BlockSums(*(arrays[f"{part}/{n}"] for part in ("count", "square", "product"))) for n in names}
-            plain = [arrays[name] for name in ("length", "successes", "trials", "norm", "square")]
+            plain = [arrays[name] for name in PLAIN]
             return cls(sums, {n: arrays[f"gram/{n}"] for n in names}, *plain)
 
 
@@ -190,13 +193,15 @@ def measure_pools(
         )
         for name in COORDINATES
     }
-    successes, norm, squares = (np.stack(column) for column in zip(*samples, strict=True))
+    successes, tokens, surprisal, norm, squares = (np.stack(column) for column in zip(*samples, strict=True))
     return Statistics(
         sums,
         {name: grams[name] for name in COORDINATES},
         np.array(lengths),
         successes,
         np.full(len(parts), float(history)),
+        tokens,
+        surprisal,
         norm,
         squares,
     )
@@ -292,10 +297,10 @@ def _gram(rows: Tensor) -> Floats:
 
 def _sample(
     weights: Weights, sample: Rollouts, right: Tensor, temperature: float
-) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    """Successes, and mean norm and mean square (2,) of the embedding's gradient of wrong and right rollouts."""
+) -> tuple[float, float, float, Floats, Floats]:
+    """Successes, tokens, surprisal; mean norm and mean square (2,) of the embedding's gradient, wrong and right."""
     G, _ = gradients_and_head(weights, sample, temperature)
     norm = G[:, places(weights)["embedding"]].norm(dim=1).double()
     count = segment_sum(torch.ones_like(norm), right.long(), 2).clamp(min=1)
     means = [(segment_sum(value, right.long(), 2) / count).cpu().numpy() for value in (norm, norm**2)]
-    return float(right.sum()), means[0], means[1]
+    return float(right.sum()), float(sample.length.sum()), float(-sample.log_prob.double().sum()), means[0], means[1]

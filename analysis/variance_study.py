@@ -25,7 +25,7 @@ from benchmark.jsonl import atomic_write_json
 from benchmark.progress import Bar, Display
 
 Tell = Callable[[float], None]
-VERSION = 2  # of what a pool's file holds: raised when its numbers change
+VERSION = 3  # of what a pool's file holds: raised when its numbers change
 
 
 class VarianceConfig(Model):

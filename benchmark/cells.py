@@ -19,10 +19,11 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,9 +31,10 @@ from typing import Any
 import psutil
 
 from benchmark.config import RunConfig
-from benchmark.errors import InputError
+from benchmark.errors import InputError, RunError, storing
 from benchmark.jsonl import atomic_write_json
 from benchmark.layers import read_yaml, validate
+from benchmark.machine import machine
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
@@ -105,6 +107,10 @@ class Cell:
         return str(found["error"]) if found is not None and found.get("invocation") == invocation else None
 
 
+class LeaseLostError(RunError):
+    """Another process took the cell over while this one was not breathing."""
+
+
 class Lease:
     """The right to run a cell, kept alive by a thread until it is released.
 
@@ -127,7 +133,8 @@ class Lease:
         """Let others have the cell."""
         self._ended.set()
         self._thread.join()
-        self.path.with_suffix(".released").touch()
+        with contextlib.suppress(FileNotFoundError):  # deleted with its folder
+            self.path.with_suffix(".released").touch()
 
     def __enter__(self) -> Lease:
         return self
@@ -151,8 +158,15 @@ def claim(folder: Path, *, stale_after: float = STALE_SECONDS, heartbeat: float 
         folder: the cell's folder.
         stale_after: seconds without a heartbeat after which an owner counts as dead; well above `heartbeat`.
         heartbeat: seconds between two heartbeats of the new lease.
+
+    Raises:
+        StorageError: the folder cannot be written.
     """
-    leases = folder / "lease"
+    with storing(folder):
+        return _claim(folder / "lease", stale_after, heartbeat)
+
+
+def _claim(leases: Path, stale_after: float, heartbeat: float) -> Lease | None:
     leases.mkdir(parents=True, exist_ok=True)
     latest = _latest(leases)
     current = leases / str(latest)
@@ -163,7 +177,7 @@ def claim(folder: Path, *, stale_after: float = STALE_SECONDS, heartbeat: float 
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return None
-    me = {"machine": _machine(), "host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+    me = {"machine": machine(), "host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         json.dump(me, file)
     return Lease(path, heartbeat)
@@ -195,18 +209,18 @@ def owner(folder: Path) -> dict[str, Any] | None:
 
 
 def running(folder: Path, *, stale_after: float = STALE_SECONDS) -> bool:
-    """Whether somebody owns the cell and is alive, as far as this machine can tell."""
+    """Whether somebody owns the cell and is alive, as far as this machine can tell by its own clock; writes nothing."""
     leases = folder / "lease"
     current = leases / str(_latest(leases))
-    return owner(folder) is not None and not _stale(current, stale_after)
+    return owner(folder) is not None and not _dead(current) and time.time() - current.stat().st_mtime <= stale_after
 
 
 def left_by(folder: Path, pid: int) -> bool:
     """Whether the process `pid` of this machine, now gone, had claimed the cell and never released it."""
     for lease in (folder / "lease").glob("*"):
-        if lease.name.isdigit() and not lease.with_suffix(".released").exists():
+        if lease.name.isdecimal() and not lease.with_suffix(".released").exists():
             holder = read_json(lease) or {}
-            if holder.get("machine") == _machine() and holder.get("pid") == pid:
+            if holder.get("machine") == machine() and holder.get("pid") == pid:
                 return True
     return False
 
@@ -215,7 +229,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`, or None if it is missing or half written."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -224,14 +238,14 @@ def _latest(leases: Path) -> int:
     """Highest lease number, -1 if there is none."""
     try:
         names = [path.name for path in leases.iterdir()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return -1
-    return max((int(name) for name in names if name.isdigit()), default=-1)
+    return max((int(name) for name in names if name.isdecimal()), default=-1)
 
 
 def _stale(lease: Path, after: float) -> bool:
-    holder = read_json(lease) or {}
-    if holder.get("machine") == _machine() and not psutil.pid_exists(int(holder["pid"])):
+    """Whether the lease's process is known to be dead, or its heartbeat stopped `after` seconds ago."""
+    if _dead(lease):
         return True
     probe = lease.with_name(f".now-{uuid.uuid4().hex}")
     try:
@@ -242,14 +256,7 @@ def _stale(lease: Path, after: float) -> bool:
         probe.unlink(missing_ok=True)
 
 
-@cache
-def _machine() -> str:
-    """Names the processes among which a pid means something: host, boot and pid namespace."""
-    parts = [socket.gethostname()]
-    try:
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))  # noqa: PTH115 (not a path)
-    except OSError:
-        # Elsewhere than on Linux; a clock that was set in between only delays the takeover.
-        parts.append(f"{psutil.boot_time():.0f}")
-    return "/".join(parts)
+def _dead(lease: Path) -> bool:
+    holder = read_json(lease) or {}
+    pid = holder.get("pid")
+    return holder.get("machine") == machine() and isinstance(pid, int) and not psutil.pid_exists(pid)

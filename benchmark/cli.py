@@ -14,8 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from benchmark.cli_author import check, complete_method, new_method
+from benchmark.cli_compare import compare
+from benchmark.cli_doctor import doctor
+from benchmark.cli_figures import figures
+from benchmark.cli_replay import replay
 from benchmark.cli_variance import variance
-from benchmark.errors import InputError
+from benchmark.errors import REMEDIES, InputError, RunError, storage_error
 
 if TYPE_CHECKING:
     from benchmark.compose import Plan
@@ -34,6 +39,14 @@ class _Group(TyperGroup):
         except InputError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(BAD_INPUT) from None
+        except RunError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(FAILED) from None
+        except OSError as error:
+            if error.errno not in REMEDIES:
+                raise
+            typer.echo(f"error: {storage_error(error)}", err=True)
+            raise typer.Exit(FAILED) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -42,7 +55,6 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="RolloutBench: which RLVR method is really better at equal compute, by how much, and why.",
@@ -61,7 +73,10 @@ STORE = "sqlite:///mlflow.db"
 
 @app.command()
 def run(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="An arm of `rolloutbench methods`.")],
+    method: Annotated[
+        str,
+        typer.Argument(metavar="METHOD", help="An arm of `rolloutbench methods`.", autocompletion=complete_method),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command there resumes it.")],
     scale: Scale = "small",
     task: Task = None,
@@ -111,7 +126,6 @@ def study(
     """
     from benchmark.compose import compose_study
     from benchmark.study import run_study
-    from benchmark.workers import WorkersFailedError
 
     _one_thread()
     plan = compose_study(file, scale=scale, seeds=seeds, options=[*_budget(budget), *(options or [])])
@@ -119,12 +133,7 @@ def study(
     if dry_run:
         _show_plan(plan, folder, workers)
         return
-    try:
-        outcome = run_study(plan, folder, workers=workers, tracking_uri=tracking_uri if mlflow else None)
-    except WorkersFailedError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(FAILED) from None
-    _finish(outcome, folder)
+    _finish(run_study(plan, folder, workers=workers, tracking_uri=tracking_uri if mlflow else None), folder)
     typer.echo(f"done: {folder / 'REPORT.md'}")
 
 
@@ -157,7 +166,13 @@ def methods(
     Console().print(table)
 
 
+app.command()(replay)
 app.command()(variance)
+app.command()(figures)
+app.command()(check)
+app.command()(new_method)
+app.command()(doctor)
+app.command()(compare)
 
 
 @app.command()

@@ -89,7 +89,7 @@ def log_to_mlflow(folder: Path, settings: Mapping[str, Any], tracking_uri: str) 
 def _points(folder: Path) -> Sequence[Any]:
     import pandas as pd
 
-    from benchmark.mirror_record import Point
+    from benchmark.mirror_points import Point
 
     frame = pd.read_csv(folder / "tables" / "variance.csv")
     frame = frame[frame["coordinates"] == "gradient"]

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmark import streams
+from benchmark.backend import Backend, Request
 from benchmark.clock import Clock
 from benchmark.config import RolloutConfig
-from benchmark.decode import generate
 from benchmark.draws import Batch, Draw, Pool, successes_of
 from benchmark.groups import Groups, segment_sum
 from benchmark.history import HistoryView, PromptHistory
@@ -21,7 +21,6 @@ from benchmark.method import Method, Probe
 from benchmark.policy import Policy
 from benchmark.probing import alignment, gradient_norms, halves
 from benchmark.rollouts import Rollouts, concatenate, merge
-from benchmark.transformer import Weights
 from benchmark.verdict import Verdict, reward
 from benchmark.verifier import Verifier
 
@@ -36,7 +35,7 @@ class Collector:
 
     method: Method
     pool: Pool
-    policy: Policy
+    backend: Backend
     verifier: Verifier
     history: PromptHistory
     ledger: Ledger
@@ -47,13 +46,18 @@ class Collector:
     place: int = 0  # prompts consumed from the pool's sequence
 
     @property
+    def policy(self) -> Policy:
+        """The policy that samples."""
+        return self.backend.policy
+
+    @property
     def remaining(self) -> int:
         """What is left of the budget, in its currency."""
         return self.budget.remaining(self.ledger.spent[self.budget.currency])
 
     def collect(self, step: int) -> Batch:
         """One step's batch, charged to the ledger; it may hold no group that trains. Needs budget left."""
-        weights = self.policy.fused()
+        self.backend.load_weights()
         wanted = self.config.prompts_per_batch
         drawn: list[Draw] = []
         kept: list[tuple[Draw, Tensor]] = []  # per draw, kept prompts (numbers within the draw)
@@ -63,11 +67,11 @@ class Collector:
                 if draws == self.method.max_draws:
                     break
                 draws, left = draws + 1, wanted
-            draw = self._draw(weights, step, left)
+            draw = self._draw(step, left)
             left -= len(draw.prompts)
             drawn.append(draw)
             fate = np.full(len(draw.prompts), "failed", dtype=object)
-            groups = self._groups(draw.rollouts, draw.verdicts, draw.history)
+            groups = self.groups(draw.rollouts, draw.verdicts, draw.history)
             if not draw.cut:
                 mask = self.method.keep(groups)
                 chosen = torch.nonzero(mask).flatten()[: wanted - have]
@@ -75,16 +79,29 @@ class Collector:
                 kept.append((draw, chosen))
                 fate = np.where(mask.cpu().numpy(), "overflow", "filtered").astype(object)
                 fate[chosen.cpu().numpy()] = "trained"
-            self._charge(step, draw, fate, self.method.keep_rollouts(groups))
+            self.charge(step, draw, fate, self.method.keep_rollouts(groups))
         self.history.record_step(*self._outcome(drawn))
         kept = kept or [(drawn[0], torch.zeros(0, dtype=torch.int64, device=self.clock.device))]
         rollouts = concatenate([d.rollouts.select_prompts(c) for d, c in kept])
         verdicts = [d.verdicts[row] for d, c in kept for row in d.rollouts.rows_of(c).tolist()]
-        groups = self._groups(
+        groups = self.groups(
             rollouts, verdicts, HistoryView.concatenate([d.history.select(c.cpu().numpy()) for d, c in kept])
         )
         rows = torch.nonzero(self.method.keep_rollouts(groups)).flatten()
-        return Batch(rollouts.select_rows(rows), groups, drawn, rows)
+        prompts = [d.prompts[p] for d, c in kept for p in c.tolist()]
+        judged = [verdicts[row] for row in rows.tolist()]
+        return Batch(rollouts.select_rows(rows), groups, drawn, prompts, judged, rows)
+
+    def exhaust(self, step: int) -> Batch:
+        """Spend the rest of the budget on rollouts that do not train, for an engine that cannot use so few."""
+        self.backend.load_weights()
+        drawn: list[Draw] = []
+        while self.remaining > 0:
+            draw = self._draw(step, 1)
+            self.charge(step, draw, np.full(len(draw.prompts), "failed", dtype=object))
+            drawn.append(draw)
+        nothing = drawn[0].rollouts.select_prompts(torch.zeros(0, dtype=torch.int64, device=self.clock.device))
+        return Batch(nothing, self.groups(nothing, [], drawn[0].history.select(np.zeros(0, dtype=np.int64))), drawn)
 
     def _outcome(self, drawn: list[Draw]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Successes and rollouts of the prompts of a step that got any."""
@@ -93,23 +110,23 @@ class Collector:
         successes = np.concatenate([np.zeros(0), *(draw.successes for draw in whole)])
         return successes[counts > 0], counts[counts > 0]
 
-    def _draw(self, weights: Weights, step: int, prompts_left: int) -> Draw:
-        seen, prompts, passed, admitted = self._choose(weights, step, prompts_left)
+    def _draw(self, step: int, prompts_left: int) -> Draw:
+        seen, prompts, passed, admitted = self._choose(step, prompts_left)
         budget = admitted.rollouts * len(prompts) // admitted.prompts
         counts = self._allocate(seen, budget, step)
-        rollouts, verdicts = self._sample(weights, "rollout", step, prompts, counts, admitted.max_tokens)
-        draw = Draw(prompts, counts, rollouts, verdicts, seen, admitted.cut, (counts > 0).astype(np.int64))
+        rollouts, verdicts = self._sample("rollout", step, prompts, counts, admitted.max_tokens)
+        draw = Draw(prompts, counts, rollouts, verdicts, seen, admitted.cut)
         if not admitted.cut:
             for done in range(1, self.method.rounds.most):
                 extra = self._extend(draw, done)
                 if not extra.any():
                     break
-                draw = self._another_round(weights, step, draw, extra)
+                draw = self._another_round(step, draw, extra)
             self._remember(draw)
         self.place += passed
         return draw
 
-    def _choose(self, weights: Weights, step: int, prompts_left: int) -> tuple[HistoryView, list[int], int, Admission]:
+    def _choose(self, step: int, prompts_left: int) -> tuple[HistoryView, list[int], int, Admission]:
         """What is seen of the prompts that are drawn next, the prompts, places passed with them, what is admitted."""
         probe, config, size = self.method.probe, self.config, len(self.pool.items)
         group = self.method.rounds.first or config.rollouts_per_prompt
@@ -127,7 +144,7 @@ class Collector:
             window = self.pool.prompts(self.place, min(admitted.prompts * self.method.candidates, in_epoch))
             seen = self.history.view(window)
             if probing and probing.candidates:
-                seen = self._probe(weights, step, probing, window, seen)
+                seen = self._probe(step, probing, window, seen)
             chosen, passed = self._select(seen, admitted.prompts, step)
             if len(chosen):
                 break
@@ -136,7 +153,7 @@ class Collector:
                 raise MethodError(f"{type(self.method).__name__}.select chose none of {looked} prompts in a row")
         seen, prompts = seen.select(chosen), [window[number] for number in chosen]
         if probing and not probing.candidates:
-            seen = self._probe(weights, step, probing, prompts, seen)
+            seen = self._probe(step, probing, prompts, seen)
         return seen, prompts, passed, admitted
 
     def _select(self, seen: HistoryView, wanted: int, step: int) -> tuple[NDArray[np.int64], int]:
@@ -153,7 +170,7 @@ class Collector:
 
     def _extend(self, draw: Draw, done: int) -> NDArray[np.int64]:
         """What every prompt of the draw gets in the next round, as far as the budget holds it."""
-        groups = self._groups(draw.rollouts, draw.verdicts, draw.history)
+        groups = self.groups(draw.rollouts, draw.verdicts, draw.history)
         extra = np.asarray(self.method.extend(groups, done))
         if extra.shape != (len(draw.prompts),) or extra.dtype != np.int64 or extra.min() < 0:
             raise MethodError(
@@ -167,11 +184,11 @@ class Collector:
         result: NDArray[np.int64] = np.clip(affordable - before, 0, extra)
         return result
 
-    def _another_round(self, weights: Weights, step: int, draw: Draw, extra: NDArray[np.int64]) -> Draw:
+    def _another_round(self, step: int, draw: Draw, extra: NDArray[np.int64]) -> Draw:
         asked = np.flatnonzero(extra)
         prompts = [draw.prompts[number] for number in asked]
         more, verdicts = self._sample(
-            weights, "rollout", step, prompts, extra[asked], self.config.max_tokens, first=draw.counts[asked]
+            "rollout", step, prompts, extra[asked], self.config.max_tokens, first=draw.counts[asked]
         )
         owner = torch.from_numpy(asked).to(more.prompt.device)[more.prompt]
         rollouts, order = merge(draw.rollouts, replace(more, prompt=owner))
@@ -197,36 +214,38 @@ class Collector:
             surprisal.cpu().numpy(),
         )
 
-    def _probe(self, weights: Weights, step: int, probe: Probe, prompts: list[int], seen: HistoryView) -> HistoryView:
+    def _probe(self, step: int, probe: Probe, prompts: list[int], seen: HistoryView) -> HistoryView:
         """`seen` with the outcome of the probe, which is charged, or recorded apart where it is an oracle's."""
         trials = np.full(len(prompts), probe.rollouts, dtype=np.int64)
-        rollouts, verdicts = self._pre_sample(weights, "probe", step, probe, prompts, trials)
+        rollouts, verdicts = self._pre_sample("probe", step, probe, prompts, trials)
         found = replace(seen, probe_successes=successes_of(rollouts, verdicts).astype(np.int64), probe_trials=trials)
         backward = "backward" if probe.charged else "oracle"
         if probe.gradients:
             right = torch.tensor([reward(v) > 0 for v in verdicts])
             with self.clock.phase(backward):
-                norm, square = gradient_norms(weights, rollouts, right, probe.gradients, self.config.temperature)
+                norm, square = gradient_norms(
+                    self.policy.fused(), rollouts, right, probe.gradients, self.config.temperature
+                )
             self._charge_gradients(step, probe, rollouts)
             found = replace(found, probe_norm=norm, probe_square=square)
         if probe.trusted:
             order = streams.generator(self.pool.seed, "trusted").permutation(len(self.pool.items))
             known = order[: probe.trusted].tolist()
             counts = np.full(len(known), probe.trusted_rollouts, dtype=np.int64)
-            trusted, judged = self._pre_sample(weights, "trusted", step, probe, known, counts)
+            trusted, judged = self._pre_sample("trusted", step, probe, known, counts)
             own, other = self._half_credit(rollouts, verdicts), self._half_credit(trusted, judged)
             with self.clock.phase(backward):
-                values = alignment(weights, rollouts, own, trusted, other, self.config.temperature)
+                values = alignment(self.policy.fused(), rollouts, own, trusted, other, self.config.temperature)
             self._charge_gradients(step, probe, rollouts)
             self._charge_gradients(step, probe, trusted)
             found = replace(found, probe_alignment=values)
         return found
 
     def _pre_sample(
-        self, weights: Weights, purpose: str, step: int, probe: Probe, prompts: list[int], counts: NDArray[np.int64]
+        self, purpose: str, step: int, probe: Probe, prompts: list[int], counts: NDArray[np.int64]
     ) -> tuple[Rollouts, list[Verdict]]:
         phases = ("decode", "verify") if probe.charged else ("oracle", "oracle")
-        rollouts, verdicts = self._sample(weights, purpose, step, prompts, counts, self.config.max_tokens, phases)
+        rollouts, verdicts = self._sample(purpose, step, prompts, counts, self.config.max_tokens, phases)
         read, made = len(rollouts.prompt_tokens), len(rollouts.tokens)
         self.ledger.charge(
             step,
@@ -241,7 +260,7 @@ class Collector:
 
     def _half_credit(self, rollouts: Rollouts, verdicts: list[Verdict]) -> Tensor:
         """The method's advantage of every rollout within its half of the group, (R,)."""
-        groups = self._groups(rollouts, verdicts, HistoryView.unseen(rollouts.prompts))
+        groups = self.groups(rollouts, verdicts, HistoryView.unseen(rollouts.prompts))
         twice = replace(groups, prompt=halves(rollouts), prompts=2 * rollouts.prompts, history=HistoryView.unseen(0))
         return self.method.credit(twice)
 
@@ -255,7 +274,6 @@ class Collector:
 
     def _sample(
         self,
-        weights: Weights,
         purpose: str,
         step: int,
         prompts: list[int],
@@ -269,18 +287,11 @@ class Collector:
         keys = np.repeat(self.pool.stream_keys(purpose, step, epoch, prompts), counts)
         begin = np.zeros(len(prompts), dtype=np.int64) if first is None else first
         lanes = np.concatenate([np.arange(b, b + n) for b, n in zip(begin, counts, strict=True)])
-        device = self.clock.device
+        request = Request(
+            [self.pool.tokens[p] for p in prompts], counts, keys, lanes, max_tokens, self.config.temperature
+        )
         with self.clock.phase(phases[0]):
-            rollouts = generate(
-                weights,
-                torch.cat([self.pool.tokens[p] for p in prompts]),
-                torch.tensor([len(self.pool.tokens[p]) for p in prompts], device=device),
-                torch.from_numpy(counts).to(device),
-                torch.from_numpy(streams.uniforms(keys, lanes, max_tokens)).float().to(device),
-                max_tokens=max_tokens,
-                end=self.policy.end,
-                temperature=self.config.temperature,
-            )
+            rollouts = self.backend.generate(request)
         with self.clock.phase(phases[1]):
             texts = self.policy.decode(rollouts.texts())
             golds = [self.pool.items[prompts[p]].answer for p in rollouts.prompt.tolist()]
@@ -296,7 +307,7 @@ class Collector:
             )
         return counts
 
-    def _groups(self, rollouts: Rollouts, verdicts: list[Verdict], history: HistoryView) -> Groups:
+    def groups(self, rollouts: Rollouts, verdicts: list[Verdict], history: HistoryView) -> Groups:
         return Groups(
             rollouts.prompt,
             rollouts.prompts,
@@ -307,7 +318,7 @@ class Collector:
             history,
         )
 
-    def _charge(self, step: int, draw: Draw, fate: NDArray[np.object_], kept: Tensor) -> None:
+    def charge(self, step: int, draw: Draw, fate: NDArray[np.object_], kept: Tensor | None = None) -> None:
         """One ledger row per fate: trained, filtered by the method, overflow, failed (cut).
 
         `fate` is per prompt; rollouts of a group that trains but are not `kept` (R,) are filtered.
@@ -316,7 +327,8 @@ class Collector:
         owner, length = rollouts.prompt.cpu().numpy(), rollouts.length.cpu().numpy()
         read = rollouts.prompt_length.cpu().numpy() * draw.reads
         each = fate[owner]
-        each[(each == "trained") & ~kept.cpu().numpy()] = "filtered"
+        if kept is not None:
+            each[(each == "trained") & ~kept.cpu().numpy()] = "filtered"
         for name in sorted({*fate, *each}):
             of = each == name
             prompt_tokens, made = int(read[fate == name].sum()), int(length[of].sum())

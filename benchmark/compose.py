@@ -16,7 +16,7 @@ from benchmark.config import RunConfig, StudyConfig
 from benchmark.errors import InputError
 from benchmark.layers import Layer, did_you_mean, read_options, read_yaml, validate
 
-SHARED = ("policy", "task", "rollout", "optimiser", "budget", "evaluation")
+SHARED = ("policy", "task", "rollout", "optimiser", "backend", "budget", "evaluation")
 KINDS = {"studies": "study", "scales": "scale", "tasks": "task"}
 OF_STUDY = ("seeds", "gradient_variance_replicates")  # what a scale may set of the study itself
 IDENTITY = {"study": "the study's file", "arm": "the command", "seed": "--seed", "scale": "--scale"}

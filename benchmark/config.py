@@ -7,47 +7,26 @@ Values come from ``configs/`` through `benchmark.compose`, which makes one line 
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
+
+from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig
+from benchmark.schema import Count as Count
+from benchmark.schema import Fraction as Fraction
+from benchmark.schema import Model as Model
+from benchmark.schema import Name as Name
+from benchmark.schema import Positive as Positive
+from benchmark.schema import canonical as canonical
+from benchmark.schema import digest as digest
+from benchmark.schema import fault as fault
 
 Currency = Literal["rollouts", "prompt_tokens", "tokens_generated", "tokens_scored", "tokens_backpropagated", "flops"]
 BudgetCurrency = Literal["tokens_generated", "rollouts"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Metric = Annotated[str, Field(pattern=r"^pass_at_[1-9][0-9]*$")]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 # YAML and JSON have lists only; the elements stay strictly typed.
 Range = Annotated[tuple[int, int], Field(strict=False)]
 Counts = Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
-
-
-def fault(key: str, what: str, remedy: str, *also: str) -> PydanticCustomError:
-    """The error of a cross-field check: `key` and the keys it clashes with, relative to the model."""
-    context = {"key": key, "what": what, "remedy": remedy, "also": also}
-    return PydanticCustomError("cross_check", "{what}", context)
-
-
-def canonical(value: BaseModel | Mapping[str, Any]) -> str:
-    """Canonical JSON: sorted keys, no spaces, UTF-8, finite numbers only."""
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def digest(value: BaseModel | Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical JSON, 64 hexadecimal digits."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
-
-
-class Model(BaseModel):
-    """Frozen, strict in types (no ``"8"`` for 8, no ``true`` for 1), closed against unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
 
 class ArchitectureConfig(Model):
@@ -99,11 +78,17 @@ class WarmupConfig(Model):
 
 
 class PolicyConfig(Model):
-    """The policy before RL: warmed up here from `architecture`, or read from `path` (HF folder or hub id)."""
+    """The policy before RL: warmed up here from `architecture`, or read from `path`.
+
+    `path` is a transformers folder, a GGUF file, a hub id (a local copy under ``ROLLOUTBENCH_MODELS`` goes first), or
+    ``package:NAME/FILE`` for a file that an installed Python package brings.
+    """
 
     architecture: ArchitectureConfig = ArchitectureConfig()
     warmup: WarmupConfig = WarmupConfig()
     path: str | None = None
+    template: TemplateConfig = TemplateConfig()
+    lora: LoRAConfig | None = None
 
 
 class MixComponent(Model):
@@ -154,7 +139,7 @@ class TaskConfig(Model):
     seed: Annotated[int, Field(ge=0)] = 0
     answer_form: Literal["any", "integer"] = "integer"
     train_file: str | None = None
-    eval_files: dict[Name, str] = {}
+    eval_files: dict[Name, str] = Field(default_factory=dict)
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -228,7 +213,7 @@ class MethodConfig(Model):
     """A method and the parameters that differ from its defaults, nested like its dataclasses."""
 
     name: Name
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default_factory=dict)
 
 
 class RunConfig(Model):
@@ -242,6 +227,7 @@ class RunConfig(Model):
     task: TaskConfig
     rollout: RolloutConfig = RolloutConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
+    backend: BackendConfig = BackendConfig()
     budget: BudgetConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     method: MethodConfig
@@ -259,6 +245,8 @@ class RunConfig(Model):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         rollout, prompts = self.rollout, self.rollout.prompts_per_batch
+        if self.backend.name == "native" and self.policy.lora is not None:
+            raise fault("policy.lora", "the native backend trains all weights", "Set backend.name: transformers")
         if self.optimiser.minibatches_per_batch > prompts:
             raise fault(
                 "optimiser.minibatches_per_batch",
@@ -301,7 +289,7 @@ class ArmConfig(Model):
     """One row of the table: a method, changed parameters, and the label it goes by (its name by default)."""
 
     name: Name
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default_factory=dict)
     label: Name
 
     @model_validator(mode="before")
@@ -341,7 +329,7 @@ class StudyConfig(Model):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_seeds), Field(strict=False)]
     reference: Name = "grpo"
     decision_rule: str = ""
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field(default_factory=dict)
     gradient_variance_replicates: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")

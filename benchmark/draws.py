@@ -63,7 +63,7 @@ class Draw:
         prompts: pool positions, (P,). counts: rollouts of each, (P,). verdicts: one per rollout.
         history: what `allocate` saw of the prompts.
         cut: the budget, not the protocol, set the token limit: never trains.
-        reads: rounds in which each prompt was read, (P,).
+        reads: rounds in which each prompt was read, (P,); one unless given.
     """
 
     prompts: list[int]
@@ -72,7 +72,11 @@ class Draw:
     verdicts: list[Verdict]
     history: HistoryView
     cut: bool
-    reads: NDArray[np.int64]
+    reads: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def __post_init__(self) -> None:
+        if not len(self.reads):
+            object.__setattr__(self, "reads", (self.counts > 0).astype(np.int64))
 
     @property
     def successes(self) -> NDArray[np.float64]:
@@ -86,12 +90,15 @@ class Batch:
 
     Attributes:
         rollouts: what trains, R rollouts. groups: the groups they are of, whole, as `credit` sees them.
-        chosen: (R,) their numbers in `groups`; ``None`` where all train.
+        prompts: pool positions of the groups, (P,). verdicts: one per rollout that trains.
+        chosen: (R,) numbers in `groups` of what trains; ``None`` where all does.
     """
 
     rollouts: Rollouts
     groups: Groups
     drawn: list[Draw] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
     chosen: Tensor | None = None
 
     @property

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmark import streams
-from benchmark.decode import generate
+from benchmark.backend import Backend, Request
 from benchmark.draws import Pool
-from benchmark.policy import Policy
+from benchmark.rollouts import Rollouts
 from benchmark.verdict import Verdict
 from benchmark.verifier import Verifier
 
@@ -28,35 +27,35 @@ class Evaluator:
     """
 
     pool: Pool
-    policy: Policy
+    backend: Backend
     verifier: Verifier
     max_tokens: int
     temperature: float
-    device: torch.device
 
-    def evaluate(self, samples: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        """Rows ``{"item", "family", "n", "c", "tokens", "verdicts"}`` per item, and the spend by currency."""
+    def evaluate(
+        self, samples: int, watch: Callable[[list[int], Rollouts, list[Verdict]], None] | None = None
+    ) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """Rows ``{"item", "family", "n", "c", "tokens", "verdicts"}`` per item, and the spend by currency.
+
+        Args:
+            watch: called with each chunk: numbers of its items, and `samples` rollouts of each with their verdicts.
+        """
         rows: list[dict[str, Any]] = []
         spent = {"rollouts": 0, "prompt_tokens": 0, "tokens_generated": 0}
-        weights = self.policy.fused()
+        self.backend.load_weights()
         per_chunk = max(1, ROWS // samples)
         for begin in range(0, len(self.pool.items), per_chunk):
             items = list(range(begin, min(begin + per_chunk, len(self.pool.items))))
             keys = np.repeat(self.pool.stream_keys("evaluate", 0, 0, items), samples)
             lanes = np.tile(np.arange(samples), len(items))
-            rollouts = generate(
-                weights,
-                torch.cat([self.pool.tokens[i] for i in items]),
-                torch.tensor([len(self.pool.tokens[i]) for i in items], device=self.device),
-                torch.full((len(items),), samples, device=self.device),
-                torch.from_numpy(streams.uniforms(keys, lanes, self.max_tokens)).float().to(self.device),
-                max_tokens=self.max_tokens,
-                end=self.policy.end,
-                temperature=self.temperature,
-            )
+            counts = np.full(len(items), samples, dtype=np.int64)
+            prompts = [self.pool.tokens[i] for i in items]
+            rollouts = self.backend.generate(Request(prompts, counts, keys, lanes, self.max_tokens, self.temperature))
             golds = [self.pool.items[i].answer for i in items for _ in range(samples)]
-            texts = self.policy.decode(rollouts.texts())
+            texts = self.backend.policy.decode(rollouts.texts())
             verdicts = self.verifier.verify_rollouts(golds, texts, rollouts.finished.tolist())
+            if watch is not None:
+                watch(items, rollouts, verdicts)
             lengths = rollouts.length.view(len(items), samples).sum(1).tolist()
             for place, i in enumerate(items):
                 count = Counter(verdicts[place * samples : (place + 1) * samples])

@@ -7,16 +7,25 @@ temporary file, an fsync and a rename, so a reader sees the old content or the n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmark.errors import InputError
+import psutil
+
+from benchmark.errors import InputError, StorageError, storing
+from benchmark.machine import machine
 
 Row = dict[str, Any]
+PARTIAL = ".partial"
+"""How the names of files end that are still being written."""
 
 
 def dumps(row: Mapping[str, Any]) -> str:
@@ -29,14 +38,90 @@ def dumps(row: Mapping[str, Any]) -> str:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append `rows`, each with a single write, so that a crash leaves at most one torn line, the last."""
-    lines = [(dumps(row) + "\n").encode() for row in rows]
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    """Append `rows`, each with a single write, so that a crash leaves at most one torn line, the last.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    record = Record(path)
     try:
-        for line in lines:
-            _write_all(descriptor, line)
+        record.append(rows)
     finally:
-        os.close(descriptor)
+        record.close()
+
+
+class Record:
+    """An append-only record and its one writer, which notices when the file at `path` is no longer the one it opened.
+
+    So a run whose folder was deleted does not go on in a new file that lacks the first rows, and a process that slept
+    while another took its run over writes into the file that the other left behind (`restart`).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+        self._end: Any = None
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append `rows`, each with a single write.
+
+        Raises:
+            StorageError: the file cannot be written, or is no longer this record's.
+            ValueError: a value is NaN or infinite; then nothing is written.
+        """
+        lines = [(dumps(row) + "\n").encode() for row in rows]
+        with storing(self.path):
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                self._end = weakref.finalize(self, os.close, self._descriptor)
+            for line in lines:
+                _write_all(self._descriptor, line)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `StorageError` if the file at the path is not the one that this record has written to."""
+        if self._descriptor is None:
+            return
+        try:
+            same = os.path.samestat(os.fstat(self._descriptor), self.path.stat())
+        except OSError:
+            same = False
+        if not same:
+            raise StorageError(self.path, "deleted or replaced while the run was writing to it")
+
+    def sync(self) -> None:
+        """Make what was appended durable."""
+        if self._descriptor is not None:
+            with storing(self.path):
+                os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Let go of the file; a later `append` opens it again."""
+        if self._descriptor is not None:
+            self._end()
+            self._descriptor = None
+
+
+def fingerprint(path: Path, size: int | None = None) -> tuple[int, str]:
+    """Number and SHA-256 of the first `size` bytes of a file (all by default); a missing file has none."""
+    if not path.exists():
+        return 0, hashlib.sha256().hexdigest()
+    with path.open("rb") as file:
+        data = file.read(size) if size is not None else file.read()
+    return len(data), hashlib.sha256(data).hexdigest()
+
+
+def restart(path: Path, size: int) -> None:
+    """Begin a new file at `path` with the first `size` bytes of the old one; processes that had it open keep the old.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with storing(path):
+        if size:
+            _replace(path, path.read_bytes()[:size])
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_rows(path: Path, offset: int = 0) -> tuple[list[Row], int]:
@@ -88,13 +173,27 @@ def drop_torn_line(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text`, durably and in one step; parent folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Replace the file at `path` by `text`, durably and in one step; parent folders are made.
+
+    Raises:
+        StorageError: it cannot be written; the old content is still there.
+    """
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by `data`, as `atomic_write_text` does."""
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, data)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_writer()}-", suffix=PARTIAL)
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
@@ -102,7 +201,24 @@ def atomic_write_text(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+
+
+def _writer() -> str:
+    return f"{hashlib.sha256(machine().encode()).hexdigest()[:8]}-{os.getpid()}"
+
+
+def clear_partial(folder: Path, *, owned: bool = False) -> None:
+    """Remove what dead processes of this machine left half written in `folder`; what anyone left, if it is `owned`."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        writer = re.search(r"\.([0-9a-f]{8})-(\d{1,9})-[^.]*\.partial$", path.name)
+        dead = writer is not None and writer[1] == _writer()[:8] and not psutil.pid_exists(int(writer[2]))
+        if not (owned or dead):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def atomic_write_json(path: Path, value: object) -> None:
@@ -125,7 +241,7 @@ def _lines_before(path: Path, offset: int) -> int:
         return file.read(offset).count(b"\n")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable; a file system that refuses to sync folders has only the rename itself."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)

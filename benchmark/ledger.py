@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmark.jsonl import append_rows
+from benchmark.jsonl import Record
 
 CURRENCIES = (
     "rollouts",
@@ -51,6 +51,7 @@ class Ledger:
         spent: what counts against the budget, by currency; includes probes.
         evaluated, oracle: accounts of their own for evaluation and for the rollouts of an uncharged probe.
         drawn: rollouts of `spent` by fate.
+        record: the file of the rows.
     """
 
     path: Path
@@ -59,6 +60,10 @@ class Ledger:
     evaluated: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CURRENCIES, 0))
     oracle: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CURRENCIES, 0))
     drawn: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
+    record: Record = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.record = Record(self.path)
 
     def charge(self, step: int, event: str, fate: str | None = None, **amounts: int) -> None:
         """Append one event. `amounts` are keyed by currency; evaluation and oracle never count against the budget."""
@@ -66,7 +71,7 @@ class Ledger:
         row |= {currency: amounts.pop(currency, 0) for currency in CURRENCIES}
         if amounts:
             raise KeyError(f"unknown currencies {sorted(amounts)}; known: {', '.join(CURRENCIES)}")
-        append_rows(self.path, [row])
+        self.record.append([row])
         self.rows += 1
         account = {"evaluation": self.evaluated, "oracle": self.oracle}.get(event, self.spent)
         for currency in CURRENCIES:

@@ -171,7 +171,9 @@ class Method:
     """GRPO's decisions with uniform allocation; subclasses override what they change.
 
     Class attributes describe the arm (`rolloutbench methods`): `family`, `kind`, `changes`, `reference` (arXiv id) and
-    `faithful_to` (what the file follows, and where it deviates).
+    `faithful_to` (what the file follows, and where it deviates). `engine` names who makes its steps, ``module:Class``
+    (`benchmark.engine`). `exchangeable` claims that `keep` and `credit` do not
+    depend on the order of prompts and of their rollouts; `rolloutbench check` holds a method to it.
     """
 
     family: ClassVar[str] = ""
@@ -179,6 +181,8 @@ class Method:
     changes: ClassVar[tuple[Change, ...]] = ()
     reference: ClassVar[str] = ""
     faithful_to: ClassVar[str] = ""
+    engine: ClassVar[str] = "benchmark.engine:Native"
+    exchangeable: ClassVar[bool] = True
 
     loss: Loss = field(default_factory=Loss)
 

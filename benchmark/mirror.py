@@ -27,11 +27,14 @@ from typing import Any
 
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_json
-from benchmark.mirror_record import Cell, Cursor, Status, find_cells, flatten, fresh, read_json, unsent
+from benchmark.mirror_points import at_equal_cost, fresh
+from benchmark.mirror_record import Cell, Cursor, Status, find_cells, flatten, read_json, unsent
 from benchmark.mirror_store import Store, redact
 
 STATE = "mlflow_state.json"
 LOCK = ".mlflow_state.lock"
+RECORDS = ("evaluation.jsonl", "metrics.jsonl", "allocation.jsonl", "timings.jsonl", "result.json")
+"""What tables are made of: kept with a finished run, so that `analysis.from_mlflow` needs nothing else."""
 _log = logging.getLogger("rolloutbench.mirror")
 
 
@@ -43,6 +46,7 @@ class _Run:
     described: bool = False
     status: str = ""
     cursors: dict[str, Cursor] = field(default_factory=dict)
+    tips: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -53,6 +57,16 @@ class _State:
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     parent: _Run = field(default_factory=_Run)
     cells: dict[str, _Run] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> dict[str, _Run]:
+        """All runs by name; the parent's is ''."""
+        return {"": self.parent, **self.cells}
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """Their ids in the store."""
+        return {name: run.run_id for name, run in self.runs.items()}
 
     @classmethod
     def load(cls, path: Path, store: str) -> _State:
@@ -65,7 +79,9 @@ class _State:
 
 
 def _run(data: Mapping[str, Any]) -> _Run:
-    return _Run(**{**data, "cursors": {name: Cursor(**value) for name, value in data["cursors"].items()}})
+    cursors = {name: Cursor(**value) for name, value in data["cursors"].items()}
+    tips = {key: (int(step), float(value)) for key, (step, value) in data.get("tips", {}).items()}
+    return _Run(**{**data, "cursors": cursors, "tips": tips})
 
 
 class Mirror:
@@ -115,7 +131,7 @@ class Mirror:
 
         def action() -> None:
             store = self._open()
-            for run_id in store.runs(self._state.key).values():
+            for run_id in store.runs(self._state.key, {}).values():
                 store.delete(run_id)
             self._store, self._state = None, _State(self._fingerprint)
             self._save()
@@ -187,14 +203,14 @@ class Mirror:
         if self._store is None:
             store = Store(self._uri, self._experiment)
             state = _State.load(self._folder / STATE, self._fingerprint)
-            known = store.runs(state.key)
+            known = store.runs(state.key, state.ids)
             if state.parent.run_id and "" not in known:
                 state, known = _State(self._fingerprint), {}
-            state.cells = {name: run for name, run in state.cells.items() if name in known}
             # A run made just before a crash is not in the state, but in the store under its key.
-            for name, run_id in known.items():
-                run = state.cells.setdefault(name, _Run()) if name else state.parent
-                run.run_id = run_id
+            runs = {name: _Run(run_id) for name, run_id in known.items()}
+            runs |= {name: run for name, run in state.runs.items() if run.run_id == known.get(name)}
+            state.parent = runs.pop("", _Run())
+            state.cells = runs
             self._state, self._store = state, store
             self._save()
             self._begin(store)
@@ -217,6 +233,7 @@ class Mirror:
             self._save()
         store.tag(parent.run_id, flatten({key: plan[key] for key in plan if key != "cells"}))
         store.artifact(parent.run_id, self._folder / "plan.json")
+        store.show(str(plan.get("primary_currency", "tokens_generated")), plan.get("arms", []))
 
     def _sync(self) -> None:
         _, damaged = self._follow()
@@ -251,13 +268,18 @@ class Mirror:
             self._save()
         if not run.described:
             store.describe(run.run_id, flatten(cell.config))
-            store.dataset(run.run_id, cell.config["task"])
+            store.datasets(run.run_id, cell.config["task"])
             store.artifact(run.run_id, cell.folder / "config.yaml")
             run.described = True
         points, cursors = unsent(cell, run.cursors, status.name == "FINISHED")
+        curves, tips = at_equal_cost(points, run.tips, cell.currency, cell.config["budget"]["amount"])
         if points:
-            store.send(run.run_id, fresh(points, store.last_steps(run.run_id)))
-        run.cursors = cursors
+            store.send(run.run_id, fresh([*points, *curves], store.last_steps(run.run_id)))
+        run.cursors, run.tips = cursors, tips
+        if status.name == "FINISHED" != run.status:
+            for name in RECORDS:
+                store.artifact(run.run_id, cell.folder / name)
+            store.checkpoint(run.run_id, cell.folder / "policy", cell.name, max(point.step for point in points))
         if status.name != run.status:
             if status.message:
                 store.tag(run.run_id, {"message": status.message})
@@ -268,6 +290,7 @@ class Mirror:
     def _finish(self) -> None:
         cells, damaged = self._follow()
         store, parent = self._open(), self._state.parent
+        store.runs(self._state.key, self._state.ids)
         plan = read_json(self._folder / "plan.json")
         for cell in cells:
             run = self._state.cells[cell.name]
@@ -278,7 +301,7 @@ class Mirror:
         complete = "FINISHED" if states.count("FINISHED") == planned else "KILLED"
         outcome = "FAILED" if "FAILED" in states else complete
         ended = [end for cell in cells if (end := Status.of(cell.folder).end)]
-        for pattern in ("*.md", "*.yaml", "plan.json", "tables", "figures"):
+        for pattern in ("*.md", "*.html", "*.yaml", "plan.json", "gradient_variance.json", "tables", "figures"):
             for path in sorted(self._folder.glob(pattern)):
                 store.artifact(parent.run_id, path)
         if parent.status != outcome:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
-import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,10 @@ import yaml
 
 from benchmark.config import digest
 from benchmark.jsonl import Row, rows_with_offsets
+from benchmark.mirror_points import Point, clean, evaluation_points, metric_points, result_points, timing_points
 
 _MAX_VALUE = 6000
 _TAIL = 64
-_NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_\-. :/]")
-
-
-@dataclass(frozen=True)
-class Point:
-    """One value of one metric; `step` is the training spend in the primary currency."""
-
-    key: str
-    value: float
-    step: int
 
 
 @dataclass(frozen=True)
@@ -148,22 +137,24 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if len(text) > _MAX_VALUE:
             note = "... (cut; whole in config.yaml)"
             text = text[: _MAX_VALUE - len(note)] + note
-        flat[_clean(f"{prefix}{key}")] = text
+        flat[clean(f"{prefix}{key}")] = text
     return flat
 
 
 def unsent(cell: Cell, cursors: Mapping[str, Cursor], done: bool) -> tuple[list[Point], dict[str, Cursor]]:
-    """Points behind the cursors, ascending in step for every key, and the cursors once these are sent.
+    """Points behind the cursors, ascending in step, and the cursors once these are sent.
 
     An evaluation is held back until it is certainly complete: a later one began, training went on, or the
     run finished (`done`).
     """
-    moved = {name: Cursor() for name in ("metrics.jsonl", "evaluation.jsonl")} | dict(cursors)
-    path = cell.folder / "metrics.jsonl"
-    rows = moved[path.name].rows(path)
-    points = [point for row, _ in rows for point in metric_points(row, cell.currency)]
-    if rows:
-        moved[path.name] = Cursor.at(path, rows[-1][1])
+    moved = {name: Cursor() for name in ("metrics.jsonl", "timings.jsonl", "evaluation.jsonl")} | dict(cursors)
+    points: list[Point] = []
+    for name, read in (("timings.jsonl", timing_points), ("metrics.jsonl", metric_points)):
+        path = cell.folder / name
+        rows = moved[name].rows(path)
+        points += [point for row, _ in rows for point in read(row, cell.currency)]
+        if rows:
+            moved[name] = Cursor.at(path, rows[-1][1])
 
     path = cell.folder / "evaluation.jsonl"
     evaluated = moved[path.name].rows(path)
@@ -178,73 +169,8 @@ def unsent(cell: Cell, cursors: Mapping[str, Cursor], done: bool) -> tuple[list[
         points += evaluation_points([row for row, _ in group], cell.currency, cell.config["evaluation"]["k"])
         moved[path.name] = Cursor.at(path, group[-1][1])
     if done:
-        points += result_points(cell)
-    return points, moved
-
-
-def metric_points(row: Row, currency: str) -> list[Point]:
-    """One step's metrics and its cumulative spend in every currency, as ``cost/<currency>``."""
-    spent = {f"cost/{name}": value for name, value in row["cost"].items()}
-    return _points({**row.get("metrics", {}), **spent}, int(row["cost"][currency]))
-
-
-def evaluation_points(rows: Sequence[Row], currency: str, ks: Iterable[int]) -> list[Point]:
-    """Unbiased pass@k of one evaluation, per family and averaged over families; only where every n >= 2k.
-
-    pass@k of an item with c of n samples correct is 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, eq. 1).
-    """
-    families: dict[str, list[Row]] = {}
-    for row in rows:
-        families.setdefault(str(row["family"]), []).append(row)
-    least = min(int(row["n"]) for row in rows)
-    values: dict[str, float] = {}
-    for k in ks:
-        if k > 1 and 2 * k > least:
-            continue
-        for family, items in families.items():
-            each = [1 - math.comb(row["n"] - row["c"], k) / math.comb(row["n"], k) for row in items]
-            values[f"eval/{family}_pass_at_{k}"] = math.fsum(each) / len(each)
-        average = math.fsum(values[f"eval/{family}_pass_at_{k}"] for family in families) / len(families)
-        values[f"eval/average_pass_at_{k}"] = average
-    values["eval/tokens_per_rollout_mean"] = sum(row["tokens"] for row in rows) / sum(row["n"] for row in rows)
-    return _points(values, int(rows[0]["cost"][currency]))
-
-
-def result_points(cell: Cell) -> list[Point]:
-    """Totals of a finished run: measured currencies, fates, time by phase; empty before it has finished."""
-    result = read_json(cell.folder / "result.json")
-    if result is None:
-        return []
-    spent = result["spent"]
-    values = {f"time/{phase}_seconds": value for phase, value in result.get("seconds", {}).items()}
-    values |= {f"drawn/{fate}_rollouts": value for fate, value in result.get("drawn", {}).items()}
-    values |= {f"cost/{name}": spent[name] for name in ("device_seconds", "verifier_seconds") if name in spent}
-    values |= {"time/wall_seconds": result.get("wall_seconds"), "cost/overshoot": result.get("overshoot")}
-    values["cost/evaluation_tokens"] = result.get("evaluation_tokens")
-    values["cost/oracle_tokens"] = result.get("oracle", {}).get("tokens_generated")
-    return _points(values, int(spent[cell.currency]))
-
-
-def fresh(points: Iterable[Point], last: Mapping[str, int]) -> list[Point]:
-    """The points whose step lies beyond the `last` one that the store has of their key, one a step."""
-    first: dict[tuple[str, int], Point] = {}
-    for point in points:
-        if point.step > last.get(point.key, -1):
-            first.setdefault((point.key, point.step), point)
-    return list(first.values())
-
-
-def _points(values: Mapping[str, Any], step: int) -> list[Point]:
-    """Finite numbers only: a store makes infinity a number; the record keeps what is left out here."""
-    return [
-        Point(_clean(key), float(value), step)
-        for key, value in values.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    ]
-
-
-def _clean(key: str) -> str:
-    return _NOT_IN_KEYS.sub("_", key)
+        points += result_points(cell.folder, cell.currency)
+    return sorted(points, key=lambda point: point.step), moved
 
 
 def _milliseconds(seconds: float | None) -> int | None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
+import hashlib
 import json
 import logging
 import os
 import re
+import socket
 import subprocess
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmark.config import digest
-from benchmark.mirror_record import Point
+from benchmark.mirror_points import Point
+from benchmark.mirror_view import view_tags
 
 # Before mlflow is imported, and only where the user has not decided otherwise. A dead server is found out
 # within seconds, because the mirror has its own way of retrying.
@@ -38,19 +42,35 @@ class Store:
             os.environ.setdefault(name, value)
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        location = _reach(tracking_uri)
+        database = _reach(tracking_uri)
         from mlflow import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=tracking_uri)
-        found = self._client.get_experiment_by_name(experiment)
-        if found is None:
-            place = None if location is None else (location / _file_name(experiment)).as_uri()
-            self._experiment = self._client.create_experiment(experiment, artifact_location=place)
-        else:
-            self._experiment = found.experiment_id
-            if found.lifecycle_stage == "deleted":
-                self._client.restore_experiment(found.experiment_id)
+        with _alone(database):
+            self._client = MlflowClient(tracking_uri=tracking_uri)
+            place = None if database is None else database.parent / "mlartifacts" / _file_name(experiment)
+            self._experiment = self._find_or_create(experiment, None if place is None else place.as_uri())
         self._last: dict[str, dict[str, int]] = {}
+        self._begun: dict[str, int] = {}
+
+    def _find_or_create(self, name: str, artifacts: str | None) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name, artifact_location=artifacts))
+            except MlflowException:
+                found = self._client.get_experiment_by_name(name)  # somebody else may have been faster
+                if found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+    def show(self, currency: str, arms: Sequence[str]) -> None:
+        """Give the experiment the view that compares methods at equal cost."""
+        for key, value in view_tags(self._experiment, currency, arms).items():
+            self._client.set_experiment_tag(self._experiment, key, value)
 
     def create(self, name: str, tags: Mapping[str, str], start: int | None) -> str:
         """A new run with status RUNNING, begun at `start` (milliseconds, now by default); its id."""
@@ -58,21 +78,40 @@ class Store:
         if commit := _commit():
             tags["mlflow.source.git.commit"] = commit
         run = self._client.create_run(self._experiment, start_time=start, tags=tags, run_name=name)
-        self._last[run.info.run_id] = {}
+        self._last[run.info.run_id], self._begun[run.info.run_id] = {}, run.info.start_time
         return str(run.info.run_id)
 
-    def runs(self, key: str) -> dict[str, str]:
-        """Ids of the living runs tagged with a folder's key, by cell name; the parent's cell name is ''."""
+    def runs(self, key: str, mine: Mapping[str, str]) -> dict[str, str]:
+        """Ids of the living runs tagged with a folder's key, by cell name; the parent's cell name is ''.
+
+        A request that was given up and still arrived may have made a second run of a name: the one that `mine` holds
+        stays, or else the first, and the others go.
+        """
+        twice: list[str] = []
         found: dict[str, str] = {}
         token = None
         while True:
             page = self._client.search_runs(
-                [self._experiment], f"tags.`rolloutbench.key` = '{key}'", max_results=1000, page_token=token
+                [self._experiment],
+                f"tags.`rolloutbench.key` = '{key}'",
+                max_results=1000,
+                order_by=["attributes.start_time", "attributes.run_id"],
+                page_token=token,
             )
-            found |= {run.data.tags["rolloutbench.cell"]: run.info.run_id for run in page}
+            for run in page:
+                name, run_id = run.data.tags["rolloutbench.cell"], run.info.run_id
+                if name in found and run_id != mine.get(name):
+                    twice.append(run_id)
+                    continue
+                if name in found:
+                    twice.append(found[name])
+                found[name] = run_id
             token = page.token
             if not token:
-                return found
+                break
+        for run_id in twice:
+            self.delete(run_id)
+        return found
 
     def describe(self, run_id: str, params: Mapping[str, str]) -> None:
         """Log parameters; the same again changes nothing."""
@@ -82,21 +121,52 @@ class Store:
         for begin in range(0, len(items), _PARAMS_A_BATCH):
             self._client.log_batch(run_id, params=items[begin : begin + _PARAMS_A_BATCH])
 
-    def dataset(self, run_id: str, task: Mapping[str, Any]) -> None:
-        """Log the task as the run's input: its digest is that of its configuration, its source is code."""
-        from mlflow.data.code_dataset_source import CodeDatasetSource
+    def datasets(self, run_id: str, task: Mapping[str, Any]) -> None:
+        """Log the problems trained and evaluated on as inputs; the digest is that of the task's configuration."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        source = CodeDatasetSource({"mlflow.source.name": "benchmark", "task": task["name"]}).to_json()
-        profile = {key: value for key, value in task.items() if isinstance(value, int)}
-        dataset = Dataset(
-            str(task["name"]),
-            digest(task)[:32],
-            source_type="code",
-            source=source,
-            profile=json.dumps(profile),
-        )
-        self._client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        sizes = {
+            "training": {"items": task["train_items"]},
+            "evaluation": {"items_per_family": task["eval_items_per_family"]},
+        }
+        files = {"training": task["train_file"], "evaluation": task["eval_files"]}
+        inputs = []
+        for context, size in sizes.items():
+            kind, source = "code", {"tags": {"mlflow.source.name": "benchmark.problems", "task": task["name"]}}
+            if task["train_file"] is not None:
+                kind, source, size = "local", {"uri": files[context]}, {}
+            name, identity = f"{task['name']}-{context}", digest({**task, "context": context})[:32]
+            dataset = Dataset(name, identity, kind, json.dumps(source), profile=json.dumps(size))
+            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+        self._client.log_inputs(run_id, inputs)
+
+    def checkpoint(self, run_id: str, folder: Path, name: str, step: int) -> None:
+        """Register the policy in `folder` as the run's model, by its place and hash: no weights are uploaded."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+        from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
+
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights:  # cleaned up, or a run of another machine
+            return
+        models = self._models(run_id)
+        if not models:
+            place = {"path": str(folder.resolve()), "host": socket.gethostname()}
+            for path in weights:
+                with path.open("rb") as file:
+                    place[f"sha256.{path.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+            model = self._client.create_logged_model(
+                self._experiment, name, run_id, {MLFLOW_MODEL_IS_EXTERNAL: "true", **place}, model_type="policy"
+            )
+            models = [model.model_id]
+        for model_id in models:
+            self._client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+        outputs = self._client.get_run(run_id).outputs
+        if outputs is None or not outputs.model_outputs:
+            self._client.log_outputs(run_id, [LoggedModelOutput(models[0], step)])
+
+    def _models(self, run_id: str) -> list[str]:
+        found = self._client.search_logged_models([self._experiment], f"source_run_id = '{run_id}'")
+        return [model.model_id for model in found]
 
     def artifact(self, run_id: str, path: Path) -> None:
         """Upload a file, or a folder under its name; what is not there is left out."""
@@ -108,20 +178,26 @@ class Store:
     def last_steps(self, run_id: str) -> dict[str, int]:
         """The last step of every metric of a run; asked from the store once, then kept up to date."""
         if run_id not in self._last:
-            keys = self._client.get_run(run_id).data.metrics
+            run = self._client.get_run(run_id)
+            self._begun[run_id] = run.info.start_time
+            keys = run.data.metrics
             history = {key: self._client.get_metric_history(run_id, key) for key in keys}
             self._last[run_id] = {key: max(metric.step for metric in history[key]) for key in keys}
         return self._last[run_id]
 
     def send(self, run_id: str, points: Sequence[Point]) -> None:
-        """Log points in batches the store accepts."""
+        """Log points in batches the store accepts.
+
+        All carry the time at which the run began. A store keeps one of equal points, so a batch whose answer was
+        lost, or that arrives long after it was given up, adds nothing when it was sent again.
+        """
         from mlflow.entities import Metric
 
-        now = int(1000 * time.time())
-        last = self._last.setdefault(run_id, {})
+        last = self.last_steps(run_id)
+        time = self._begun[run_id]
         for begin in range(0, len(points), _METRICS_A_BATCH):
             batch = points[begin : begin + _METRICS_A_BATCH]
-            self._client.log_batch(run_id, [Metric(p.key, p.value, now, p.step) for p in batch])
+            self._client.log_batch(run_id, [Metric(p.key, p.value, time, p.step) for p in batch])
             for point in batch:
                 last[point.key] = max(point.step, last.get(point.key, -1))
 
@@ -141,7 +217,9 @@ class Store:
             self._client.set_terminated(run_id, name, end)
 
     def delete(self, run_id: str) -> None:
-        """Move a run to the store's bin."""
+        """Move a run to the store's bin, and forget its models."""
+        for model_id in self._models(run_id):
+            self._client.delete_logged_model(model_id)
         self._client.delete_run(run_id)
 
 
@@ -154,7 +232,7 @@ def _reach(uri: str) -> Path | None:
     """Connect to a database store once, since MLflow would retry for most of an hour before it gives up.
 
     Returns:
-        Where artifacts go: beside a sqlite file; ``None`` leaves it to the store.
+        The file of a sqlite database.
     """
     if uri.startswith(("http://", "https://", "file:", "databricks")) or "://" not in uri:
         return None
@@ -167,7 +245,18 @@ def _reach(uri: str) -> Path | None:
         engine.dispose()
     if engine.url.get_backend_name() != "sqlite" or not engine.url.database:
         return None
-    return Path(engine.url.database).resolve().parent / "mlartifacts"
+    return Path(engine.url.database).resolve()
+
+
+@contextlib.contextmanager
+def _alone(database: Path | None) -> Iterator[None]:
+    """Let one process at a time make the tables of a sqlite database: MLflow's crash when several do."""
+    if database is None:
+        yield
+        return
+    with (database.parent / f"{database.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _file_name(name: str) -> str:

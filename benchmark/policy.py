@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from dataclasses import dataclass
+import os
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig
+from benchmark.errors import StorageError, storing
+from benchmark.jsonl import PARTIAL, sync_folder
+from benchmark.pretrained import load_model, render
 from benchmark.transformer import Shape, Weights, fuse
 
 
@@ -38,35 +45,59 @@ class Policy:
     """A model, its tokenizer and its fused view.
 
     Attributes:
-        model: transformers causal LM of the Qwen2 / Llama family, on its device.
+        model: transformers causal LM, on its device.
         tokenizer: its tokenizer, with an end-of-sequence token.
+        template: how a problem is put to it.
     """
 
     model: Any
     tokenizer: Any
+    template: TemplateConfig = field(default_factory=TemplateConfig)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device) -> Policy:
-        """Read a local folder or a hub id.
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device,
+        *,
+        backend: BackendConfig | None = None,
+        template: TemplateConfig | None = None,
+        lora: LoRAConfig | None = None,
+    ) -> Policy:
+        """Read a local folder or a hub id: safetensors weights only, since a pickle can hold code.
 
         Raises:
-            InputError: the architecture is not supported.
+            InputError: there is no such model, or the backend does not know its architecture.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
+        from transformers import AutoTokenizer
 
-        quiet: Any = logging.disable_progress_bar
-        quiet()  # seconds of work; the run has its own bar
-
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        model.to(device)
-        Shape.of(model.config)
-        return cls(model.train(), AutoTokenizer.from_pretrained(path))
+        backend = backend or BackendConfig()
+        model = load_model(path, device, backend, lora)
+        if backend.name == "native":
+            Shape.of(model.config)
+        return cls(model, AutoTokenizer.from_pretrained(path), template or TemplateConfig())
 
     def save(self, path: Path) -> None:
-        """Write model (safetensors) and tokenizer as a transformers folder."""
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        """Write model (safetensors) and tokenizer as a transformers folder, which is there whole or not at all.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        partial = path.with_name(f".{path.name}{PARTIAL}")
+        with storing(path):
+            for old in (partial, path):
+                shutil.rmtree(old, ignore_errors=True)
+            try:
+                self.model.save_pretrained(partial)
+                self.tokenizer.save_pretrained(partial)
+            except SafetensorError as error:  # how safetensors says that the disk is full
+                raise StorageError(path, str(error), "Free some space; the same command then goes on") from error
+            for file in partial.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            sync_folder(partial)
+            partial.replace(path)
+            sync_folder(path.parent)
 
     def fused(self) -> Weights:
         """Fused weights; differentiable under autograd."""
@@ -74,7 +105,7 @@ class Policy:
 
     def parameters(self) -> dict[str, Tensor]:
         """Trainable parameters by name, tied ones once."""
-        return dict(self.model.named_parameters())
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
     @property
     def size(self) -> int:
@@ -89,14 +120,25 @@ class Policy:
         """Id of the end-of-sequence token."""
         return int(self.tokenizer.eos_token_id)
 
+    def render(self, prompt: str) -> str:
+        """The text that the policy reads for a problem."""
+        return render(self.tokenizer, self.template, prompt)
+
     def encode(self, prompts: list[str]) -> list[list[int]]:
         """Token ids of each prompt, without special tokens."""
-        ids: list[list[int]] = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        ids: list[list[int]] = self.tokenizer(list(map(self.render, prompts)), add_special_tokens=False)["input_ids"]
         return ids
 
     def decode(self, tokens: list[list[int]]) -> list[str]:
-        """Text of each generated sequence, special tokens dropped."""
+        """Text of each answer: the template's first words and the generated ones, special tokens dropped."""
         texts: list[str] = self.tokenizer.batch_decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return [self.template.prefix + text for text in texts]
+
+    def pieces(self, tokens: list[int]) -> list[str]:
+        """Text of each token by itself, special tokens by name."""
+        texts: list[str] = self.tokenizer.batch_decode(
+            [[token] for token in tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return texts

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, get_type_hints
@@ -37,6 +38,16 @@ def _entries() -> dict[str, EntryPoint]:
 def names() -> list[str]:
     """Every installed arm, sorted."""
     return list(_entries())
+
+
+@contextmanager
+def registered(name: str, value: str) -> Iterator[None]:
+    """An arm of this process for a while: `value` is ``module:Class``, as an entry point would say it."""
+    _entries()[name] = EntryPoint(name, value, GROUP)
+    try:
+        yield
+    finally:
+        del _entries()[name]
 
 
 def suggest(word: str, known: list[str]) -> str:
@@ -84,7 +95,12 @@ def build(name: str, params: Mapping[str, object]) -> Method:
     Raises:
         InputError: unknown method or parameter, wrong type, or a value the method refuses.
     """
-    method: Method = _changed(load(name)(), params, "method")
+    try:
+        default = load(name)()
+    except TypeError as error:
+        remedy = "Give every parameter a default: a method is run by its name alone"
+        raise InputError(f"cannot be made ({error})", key="method", value=name, remedy=remedy) from error
+    method: Method = _changed(default, params, "method")
     return method
 
 

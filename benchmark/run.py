@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,30 +11,39 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
-from benchmark import checkpoint, registry
+from benchmark import backend, checkpoint, engine, machine, registry
 from benchmark.clock import Clock
 from benchmark.collect import Collector
 from benchmark.config import RunConfig
-from benchmark.draws import Batch, Pool
-from benchmark.errors import InputError
+from benchmark.draws import Pool
+from benchmark.errors import InputError, RunError, storing
 from benchmark.evaluation import Evaluator
-from benchmark.groups import segment_sum
 from benchmark.history import PromptHistory
-from benchmark.jsonl import append_rows, atomic_write_json, atomic_write_text
+from benchmark.jsonl import (
+    Record,
+    atomic_write_json,
+    atomic_write_text,
+    clear_partial,
+    fingerprint,
+    read_rows,
+    restart,
+)
 from benchmark.ledger import UNCHARGED_PHASES, Budget, Ledger, Prices
 from benchmark.policy import Policy, prepare_machine
 from benchmark.probing import prompt_features
 from benchmark.problems import load_task
+from benchmark.step_metrics import allocation_row, rollout_metrics
+from benchmark.trace import EvaluationTrace, Trace
 from benchmark.update import Updater, make_optimiser
-from benchmark.verdict import Verdict
 from benchmark.verifier import Verifier
 from benchmark.warmup import ensure_policy
 
-RECORDS = ("ledger.jsonl", "timings.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl")
+RECORDS = ("ledger.jsonl", "timings.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl", "traces.jsonl")
+CHECKPOINT_SECONDS = 60.0
+"""Between two checkpoints; longer where saving takes so long that it would cost more than a twentieth of the time."""
 
 
 class Interrupted(Exception):  # noqa: N818 - a request that was met, not a fault
@@ -63,19 +73,29 @@ def run_cell(
     Raises:
         Interrupted: `should_stop` became true; a checkpoint was written first.
         InputError: `out` holds a run of another configuration.
+        StorageError: a file cannot be written, or the folder was deleted or taken over.
+        NumericalError: a number that must be finite is not.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with storing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        clear_partial(out, owned=True)
     if (out / "result.json").exists():
+        checkpoint.clear(out / "checkpoint")  # left by a process killed just after its last file
         return
     _claim_folder(config, out)
     run = Run(config, out, progress or (lambda _: None))
     try:
-        with run.verifier:
+        with run.verifier, contextlib.closing(run.backend):
             run.execute(should_stop)
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
-        run.report("interrupted" if interrupted else "failed", f"{type(error).__name__}: {error}")
+        # What cannot be written any more must not hide why; a deleted folder does not come back.
+        with contextlib.suppress(RunError):
+            if (out / "config.yaml").exists():
+                run.report("interrupted" if interrupted else "failed", f"{type(error).__name__}: {error}")
         raise
+    finally:
+        run.close()
 
 
 def measure_unit_prices(config: RunConfig) -> dict[str, float]:
@@ -87,7 +107,7 @@ def measure_unit_prices(config: RunConfig) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as folder:
         run = Run(config, Path(folder), lambda _: None)
-        with run.verifier:
+        with run.verifier, contextlib.closing(run.backend):
             run.step_once()
             run.step_once()
             training = sum(run.seconds.values())
@@ -124,36 +144,43 @@ class Run:
         device = prepare_machine()
         self.clock = Clock(device)
         self.method = registry.build(config.method.name, config.method.params)
-        policy = Policy.load(ensure_policy(config), device)
+        written, start = config.policy, ensure_policy(config)
+        policy = Policy.load(start, device, backend=config.backend, template=written.template, lora=written.lora)
         self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
+        self.backend = backend.make(policy, config.backend, start)
         train, held_out = load_task(config.task)
         self.verifier = Verifier(answer_form=config.task.answer_form)
         pool = Pool.of(train, policy, config.seed, device)
         rollout, evaluation = config.rollout, config.evaluation
         self.evaluator = Evaluator(
             Pool.of(held_out, policy, config.seed, device),
-            policy,
+            self.backend,
             self.verifier,
             rollout.max_tokens,
             evaluation.temperature,
-            device,
         )
         self.budget = Budget(config.budget.currency, config.budget.amount)
         self.history = PromptHistory(len(train), self.method.half_life)
         self.prices = Prices(policy.size)
         self.step, self.points, self.elapsed = 0, 0, 0.0
         self.seconds: dict[str, float] = {}
+        self.saved: tuple[int, int] | None = None  # step and points of the newest checkpoint
+        self.save_after = time.monotonic() + CHECKPOINT_SECONDS
         self.ledger = Ledger(out / "ledger.jsonl")
-        if self.method.features:
-            with self.clock.phase("forward"):
-                self.history.features = prompt_features(policy.fused(), pool.tokens)
-        if not self._resume() and self.method.features:
-            read = sum(map(len, pool.tokens))
-            self.ledger.charge(0, "features", tokens_scored=read, flops=self.prices.forward(read))
+        self.trace = Trace(policy, train)
+        with self.clock.phase("forward"):
+            features = prompt_features(policy.fused(), pool.tokens) if self.method.features else None
+        fresh = not self._resume()
+        self.records = {name: Record(out / name) for name in RECORDS} | {"ledger.jsonl": self.ledger.record}
+        if features is not None:
+            self.history.features = features
+            if fresh:
+                read = sum(map(len, pool.tokens))
+                self.ledger.charge(0, "features", tokens_scored=read, flops=self.prices.forward(read))
         self.collector = Collector(
             self.method,
             pool,
-            policy,
+            self.backend,
             self.verifier,
             self.history,
             self.ledger,
@@ -165,7 +192,7 @@ class Run:
         )
         self.updater = Updater(
             self.method,
-            policy,
+            self.backend,
             self.optimiser,
             config.optimiser,
             rollout.temperature,
@@ -174,7 +201,9 @@ class Run:
             self.prices,
             self.clock,
             updates=self.updates,
+            trace=self.trace,
         )
+        self.engine = engine.load(self.method.engine)(self.collector, self.updater)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -190,47 +219,71 @@ class Run:
                 self._save()
                 raise Interrupted
             self.step_once()
+            if time.monotonic() >= self.save_after:
+                self._save()
+        self._save()
         self._evaluate(final=True)
         self._finish()
 
     def step_once(self) -> None:
         """One training step: collect, update, record."""
         with self.clock.phase("other"):
-            batch = self.collector.collect(self.step)
-            metrics = _rollout_metrics(batch)
-            if len(batch.rollouts):
-                metrics |= self.updater.update(self.step, batch)
-            append_rows(
-                self.out / "metrics.jsonl",
+            batch, trained = self.engine.step(self.step)
+            metrics = rollout_metrics(batch) | trained
+            traces = self.out / "traces.jsonl"
+            if trained and not (traces.exists() and traces.stat().st_size):
+                self.records["traces.jsonl"].append(self.trace.rows)
+            self.records["metrics.jsonl"].append(
                 [{"step": self.step, "cost": self.ledger.spent, "metrics": metrics}],
             )
-            append_rows(self.out / "allocation.jsonl", [_allocation_row(self.step, batch)])
+            self.records["allocation.jsonl"].append([allocation_row(self.step, batch)])
             self.step += 1
             self.report("running", f"step {self.step}")
         self._time({"step": self.step - 1})
 
     def _evaluate(self, *, final: bool) -> None:
         samples = self.config.evaluation.final_samples if final else self.config.evaluation.samples
+        watch = EvaluationTrace(self.backend, self.evaluator.pool.items, self.step, self.config.evaluation.temperature)
         with self.clock.phase("evaluate"):
-            rows, spent = self.evaluator.evaluate(samples)
-        tokens = spent["prompt_tokens"] + spent["tokens_generated"]
-        self.ledger.charge(self.step, "evaluation", None, flops=self.prices.forward(tokens), **spent)
+            rows, spent = self.evaluator.evaluate(samples, watch if final else None)
+            if final:
+                self._write_traces(watch.rows)
+        read = spent["prompt_tokens"] + spent["tokens_generated"] + watch.read
+        flops = self.prices.forward(read)
+        self.ledger.charge(self.step, "evaluation", None, tokens_scored=watch.tokens, flops=flops, **spent)
         head = {"point": self.points, "step": self.step, "final": final, "cost": dict(self.ledger.spent)}
-        append_rows(self.out / "evaluation.jsonl", [head | row for row in rows])
+        self.records["evaluation.jsonl"].append([head | row for row in rows])
         accuracy = sum(row["c"] / row["n"] for row in rows) / len(rows)
         self.points += 1
         self.report("running", f"evaluated: pass@1 {accuracy:.3f}")
         self._time({"step": self.step, "point": self.points - 1})
 
+    def _write_traces(self, evaluated: list[dict[str, Any]]) -> None:
+        """The newest update's rows, unless it was the first as well, and the evaluation's."""
+        path, last = self.out / "traces.jsonl", self.trace.rows
+        first = read_rows(path)[0]
+        self.records["traces.jsonl"].append([row for row in last if row["step"] != first[0]["step"]] + evaluated)
+
     def _time(self, where: dict[str, int]) -> None:
         taken = self.clock.take()
         for phase, value in taken.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
-        append_rows(self.out / "timings.jsonl", [where | {"seconds": taken}])
+        device = self.clock.device
+        gpu = torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+        row = where | {"seconds": taken, "cost": dict(self.ledger.spent), "system": machine.usage(gpu)}
+        row["elapsed"] = round(self.elapsed + time.time() - self.started, 3)
+        self.records["timings.jsonl"].append([row])
 
     # -- what is on disk -----------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        """Write a checkpoint, unless this very state has one; records go to the disk before what counts on them."""
+        if self.saved == (self.step, self.points):
+            return
+        begin = time.monotonic()
+        for record in self.records.values():
+            record.check()
+            record.sync()
         state = {
             "run_hash": self.config.run_hash,
             "step": self.step,
@@ -240,25 +293,44 @@ class Run:
             "elapsed": self.elapsed + time.time() - self.started,
             "seconds": self.seconds,
             "ledger": self.ledger.state(),
-            "records": {name: _size(self.out / name) for name in RECORDS},
+            "trace": self.trace.rows,
+            "records": {name: fingerprint(self.out / name) for name in RECORDS},
         }
         history = {name: torch.from_numpy(values) for name, values in self.history.state().items()}
         checkpoint.save(self.out / "checkpoint", self.policy, self.optimiser, history, state)
+        now = time.monotonic()
+        self.saved = (self.step, self.points)
+        self.save_after = now + max(CHECKPOINT_SECONDS, 20 * (now - begin))
 
     def _resume(self) -> bool:
-        """Continue from the newest checkpoint, or (False) from nothing: records are cut back to what it knew."""
-        state = checkpoint.latest(self.out / "checkpoint")
+        """Continue from the newest whole checkpoint, or (False) from nothing: records are cut back to what it knew."""
+        found = checkpoint.latest(self.out / "checkpoint", self._fits)
         self.place = self.updates = 0
         for name in RECORDS:
-            _truncate(self.out / name, 0 if state is None else state["records"][name])
-        if state is None:
+            restart(self.out / name, 0 if found is None else found[1]["records"].get(name, (0, ""))[0])
+        if found is None:
             return False
-        history = checkpoint.load(self.out / "checkpoint", state, self.policy, self.optimiser)
+        file, state = found
+        history = checkpoint.load(file, self.policy, self.optimiser)
         self.history.restore({name: values.numpy() for name, values in history.items()})
         self.step, self.place, self.points = state["step"], state["place"], state["points"]
+        self.saved = (self.step, self.points)
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]
+        self.trace.restore(state.get("trace", []))
         self.ledger = Ledger.restore(self.out / "ledger.jsonl", state["ledger"])
         return True
+
+    def _fits(self, state: dict[str, Any]) -> bool:
+        """Whether the records still begin with what they held when the checkpoint was written."""
+        same = (
+            list(fingerprint(self.out / name, size)) == [size, sha] for name, (size, sha) in state["records"].items()
+        )
+        return state["run_hash"] == self.config.run_hash and all(same)
+
+    def close(self) -> None:
+        """Let go of the files of the records."""
+        for record in self.records.values():
+            record.close()
 
     def report(self, state: str, message: str) -> None:
         """Tell the caller and ``progress.json`` where the run stands."""
@@ -280,6 +352,9 @@ class Run:
     def _finish(self) -> None:
         config, spent = self.config, self.ledger.spent
         training = sum(value for phase, value in self.seconds.items() if phase not in UNCHARGED_PHASES)
+        for record in self.records.values():
+            record.check()
+            record.sync()
         self.policy.save(self.out / "policy")
         self.report("done", f"{self.step} steps")
         result: dict[str, Any] = {
@@ -299,53 +374,7 @@ class Run:
             "seconds": self.seconds,
             "wall_seconds": self.elapsed + time.time() - self.started,
             "device": self.clock.device.type,
-            "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "rolloutbench")},
+            "versions": {name: version(name) for name in ("torch", "transformers", "trl", "numpy", "rolloutbench")},
         }
         atomic_write_json(self.out / "result.json", result)
         checkpoint.clear(self.out / "checkpoint")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _truncate(path: Path, size: int) -> None:
-    if path.exists():
-        with path.open("r+b") as file:
-            file.truncate(size)
-
-
-def _counts(batch: Batch) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.concatenate([draw.counts for draw in batch.drawn])
-
-
-def _allocation_row(step: int, batch: Batch) -> dict[str, Any]:
-    values, times = np.unique(_counts(batch), return_counts=True)
-    histogram = {str(value): int(count) for value, count in zip(values, times, strict=True)}
-    return {"step": step, "n_min": int(values[0]), "n_max": int(values[-1]), "histogram": histogram}
-
-
-def _rollout_metrics(batch: Batch) -> dict[str, float]:
-    """Metrics over everything drawn in the step; per-prompt means do not follow the allocation."""
-    verdicts = [verdict for draw in batch.drawn for verdict in draw.verdicts]
-    correct, groups, degenerate, tokens = [], 0, 0, 0
-    for draw in batch.drawn:
-        right = torch.tensor([v is Verdict.CORRECT for v in draw.verdicts], dtype=torch.float64)
-        successes = segment_sum(right, draw.rollouts.prompt.cpu(), len(draw.prompts)).numpy()
-        drawn = draw.counts > 0
-        correct += (successes[drawn] / draw.counts[drawn]).tolist()
-        groups += int(drawn.sum())
-        degenerate += int(((successes == 0) | (successes == draw.counts))[drawn].sum())
-        tokens += len(draw.rollouts.tokens)
-    counts = _counts(batch)
-    rates = {f"train/verdict_{v.value}_fraction": verdicts.count(v) / len(verdicts) for v in Verdict}
-    return rates | {
-        "train/accuracy_per_prompt_mean": float(np.mean(correct)),
-        "train/accuracy_per_rollout_mean": rates["train/verdict_correct_fraction"],
-        "train/degenerate_group_fraction": degenerate / groups,
-        "train/tokens_per_rollout_mean": tokens / len(verdicts),
-        "rollout/prompts": float(groups),
-        "rollout/n_min": float(counts.min()),
-        "rollout/n_max": float(counts.max()),
-        "rollout/n_std": float(counts.std()),
-    }

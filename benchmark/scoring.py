@@ -70,7 +70,9 @@ class _VocabularyStatistics(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, head, targets, entropy = ctx.saved_tensors
         grad_log_prob, grad_entropy = grads[0], grads[1]
-        grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)
+        grad_hidden = torch.zeros_like(hidden)
+        # Chunks add up in float32 whatever the head's precision; a frozen head costs nothing.
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for begin in range(0, len(targets), ctx.rows):
             part = slice(begin, begin + ctx.rows)
             log_p = _log_softmax(hidden[part], head, ctx.temperature)
@@ -83,8 +85,11 @@ class _VocabularyStatistics(torch.autograd.Function):
                 grad -= p * (log_p + entropy[part, None]) * grad_entropy[part, None]
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[part] = grad @ head
-            grad_head.addmm_(grad.t(), hidden[part])
-        return grad_hidden, grad_head, None, None, None
+            if grad_head is not None and head.dtype == torch.float32:
+                grad_head.addmm_(grad.t(), hidden[part])
+            elif grad_head is not None:
+                grad_head += grad.t() @ hidden[part]
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None
 
 
 def vocabulary_statistics(

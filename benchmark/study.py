@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from benchmark.cells import Cell, claim, owner, read_json
+from benchmark.cells import Cell, LeaseLostError, claim, owner, read_json
 from benchmark.compose import Plan
 from benchmark.config import RunConfig, digest
 from benchmark.errors import InputError
@@ -48,8 +48,13 @@ class Outcome:
 
 @dataclass
 class Interrupts:
-    """Counts Ctrl-C and SIGTERM instead of raising, inside the ``with``."""
+    """Counts Ctrl-C and SIGTERM instead of raising, inside the ``with``.
 
+    Attributes:
+        patience: how many are only counted; what comes after them raises KeyboardInterrupt. None counts all.
+    """
+
+    patience: int | None = None
     count: int = 0
     _before: dict[int, Any] = field(default_factory=dict)
 
@@ -64,6 +69,8 @@ class Interrupts:
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         self.count += 1
+        if self.patience is not None and self.count > self.patience:
+            raise KeyboardInterrupt
 
 
 def plan_record(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -151,6 +158,9 @@ def run_single(config: RunConfig, out: Path, *, display: Display | None = None) 
 
     Raises:
         InputError: `out` holds another run, or another process is running it.
+        LeaseLostError: another process took it over meanwhile.
+        StorageError: a file cannot be written.
+        KeyboardInterrupt: a second Ctrl-C.
     """
     from benchmark.run import Interrupted, run_cell
 
@@ -169,9 +179,18 @@ def run_single(config: RunConfig, out: Path, *, display: Display | None = None) 
     def show(at: RunProgress) -> None:
         display.update(Bar(f"{config.arm} seed {config.seed}", at.spent, at.planned, at.currency, at.message))
 
-    with lease, Interrupts() as interrupts, display:
+    def should_stop() -> bool:
+        if not lease.held:
+            raise LeaseLostError(f"{out} has a new owner, or was deleted; it is left as it is")
+        if interrupts.count and not told:
+            told.append(True)
+            display.note("Stopping after the step at hand; press Ctrl-C again to stop at once")
+        return interrupts.count > 0
+
+    told: list[bool] = []
+    with lease, Interrupts(patience=1) as interrupts, display:
         try:
-            run_cell(config, out, progress=show, should_stop=lambda: interrupts.count > 0 or not lease.held)
+            run_cell(config, out, progress=show, should_stop=should_stop)
         except Interrupted:
             return Outcome(0, 1, {}, True)
     return Outcome(1, 1, {}, False)

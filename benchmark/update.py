@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
 from benchmark import streams
+from benchmark.backend import Backend, Piece
 from benchmark.clock import Clock
 from benchmark.config import OptimiserConfig
 from benchmark.draws import Batch
@@ -16,8 +17,9 @@ from benchmark.ledger import Ledger, Prices
 from benchmark.losses import policy_loss, token_weights
 from benchmark.method import Loss, Method, TokenCredit, Tokens
 from benchmark.policy import Policy
-from benchmark.rollouts import Rollouts
-from benchmark.scoring import TokenStatistics, score
+from benchmark.rollouts import Rollouts, ragged_index
+from benchmark.scoring import TokenStatistics
+from benchmark.trace import Trace
 
 
 class NumericalError(FloatingPointError):
@@ -64,7 +66,7 @@ class Updater:
     """Turns a batch into ``epochs x minibatches_per_batch`` optimiser updates."""
 
     method: Method
-    policy: Policy
+    backend: Backend
     optimiser: torch.optim.AdamW
     config: OptimiserConfig
     temperature: float
@@ -72,8 +74,8 @@ class Updater:
     ledger: Ledger
     prices: Prices
     clock: Clock
-    tokens_per_pass: int = 65_536  # tokens whose activations are held at a time
     updates: int = 0
+    trace: Trace | None = None
 
     def update(self, step: int, batch: Batch) -> dict[str, float]:
         """Train on `batch`; returns metrics of the step.
@@ -82,25 +84,56 @@ class Updater:
             NumericalError: a loss or gradient norm is NaN or infinite.
         """
         advantage = self.method.credit(batch.groups)[batch.rows]
+        if self.trace is not None:
+            self.trace.begin(step, batch)
         metrics = Averages()
         trained = 0
+        rollouts, correction = batch.rollouts, None
+        if not self.backend.exact:
+            rollouts, correction = self._rescore(step, rollouts, metrics)
         for epoch in range(self.config.epochs):
             order = streams.generator(self.seed, "minibatch", step, epoch).permutation(batch.rollouts.prompts)
             for prompts in torch.from_numpy(order).to(advantage.device).tensor_split(self.config.minibatches_per_batch):
-                part = batch.rollouts.select_prompts(prompts)
+                part = rollouts.select_prompts(prompts)
                 if len(part) == 0:
                     continue
-                self._minibatch(
-                    step, part, advantage[batch.rollouts.rows_of(prompts)], batch.groups.max_tokens, metrics
-                )
+                rows = rollouts.rows_of(prompts)
+                weight = None if correction is None else correction[ragged_index(rows, rollouts.length)]
+                self._minibatch(step, prompts, part, advantage[rows], weight, batch.groups.max_tokens, metrics)
                 trained += len(part.tokens)
         prompt_tokens = int(batch.rollouts.prompt_length.sum()) * self.config.epochs
         both = self.prices.forward(trained + prompt_tokens) + self.prices.backward(trained + prompt_tokens)
         self.ledger.charge(step, "backprop", tokens_backpropagated=trained, flops=both)
         return metrics.read()
 
-    def _minibatch(self, step: int, part: Rollouts, advantage: Tensor, max_tokens: int, metrics: Averages) -> None:
-        pieces = self._split(part)
+    def _rescore(self, step: int, rollouts: Rollouts, metrics: Averages) -> tuple[Rollouts, Tensor | None]:
+        """`rollouts` with the trainer's log-probabilities, and the weight that corrects each token for the sampler's.
+
+        Truncated importance sampling: min(pi_train / pi_sample, cap), (T,). Ratios and clip ranges then start from the
+        policy that is trained, whatever the sampler's rounding.
+        """
+        seen = _join(self._score_ahead(step, rollouts, self.backend.split(rollouts)))
+        gap = seen.log_prob - rollouts.log_prob
+        count, cap = float(len(gap)), self.backend.config.importance_cap
+        metrics.add("policy/logprob_abs_diff", gap.abs().mean(), count)
+        metrics.maximum("policy/logprob_abs_diff_max", gap.abs().max())
+        rescored = replace(rollouts, log_prob=seen.log_prob)
+        if cap is None:
+            return rescored, None
+        metrics.add("policy/importance_truncated_fraction", (gap.exp() > cap).float().mean(), count)
+        return rescored, gap.exp().clamp(max=cap)
+
+    def _minibatch(
+        self,
+        step: int,
+        prompts: Tensor,
+        part: Rollouts,
+        advantage: Tensor,
+        correction: Tensor | None,
+        max_tokens: int,
+        metrics: Averages,
+    ) -> None:
+        pieces = self.backend.split(part)
         rollout = torch.repeat_interleave(torch.arange(len(part), device=part.tokens.device), part.length)
         advantage = advantage[rollout]
         credit = TokenCredit(advantage)
@@ -110,6 +143,8 @@ class Updater:
             seen = _join(ready or self._score_ahead(step, part, pieces))
             credit = self.method.modulate(self._tokens(step, part, advantage, rollout, seen))
         weights = token_weights(part, self.method.loss, max_tokens, credit.mask)
+        if correction is not None:
+            weights = weights * correction
         self.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=part.tokens.device)
         scored: list[TokenStatistics] = []
@@ -129,13 +164,16 @@ class Updater:
             total += loss.detach()
             scored.append(_join([piece]))
         self._step(step, total, metrics)
-        _observe(_join(scored), part.log_prob, advantage, credit, self.method.loss, metrics)
+        whole = _join(scored)
+        _observe(whole, part.log_prob, advantage, credit, self.method.loss, metrics)
+        if self.trace is not None:
+            self.trace.observe(prompts, part, whole, advantage, credit)
 
     def _score(self, rows: Rollouts) -> TokenStatistics:
         with self.clock.phase("forward"):
-            return score(self.policy.fused(), rows, temperature=self.temperature)
+            return self.backend.score(rows, self.temperature)
 
-    def _score_ahead(self, step: int, part: Rollouts, pieces: list[tuple[Rollouts, int, int]]) -> list[TokenStatistics]:
+    def _score_ahead(self, step: int, part: Rollouts, pieces: list[Piece]) -> list[TokenStatistics]:
         """Statistics of a minibatch too large for one pass, before its gradients: methods see all of it at once."""
         with torch.no_grad():
             parts = [self._score(rows) for rows, _, _ in pieces]
@@ -158,31 +196,12 @@ class Updater:
             part.prompt[rollout],
         )
 
-    def _split(self, part: Rollouts) -> list[tuple[Rollouts, int, int]]:
-        """Cut a minibatch between prompts so that each piece holds at most `tokens_per_pass` tokens (or one prompt)."""
-        if len(part.tokens) + len(part.prompt_tokens) <= self.tokens_per_pass:
-            return [(part, 0, len(part.tokens))]
-        per_prompt = torch.zeros(part.prompts, dtype=torch.int64).index_add_(0, part.prompt.cpu(), part.length.cpu())
-        pieces: list[tuple[Rollouts, int, int]] = []
-        chosen: list[int] = []
-        load = begin = 0
-        for prompt, tokens in enumerate(per_prompt.tolist()):
-            cost = tokens + int(part.prompt_length[prompt])
-            if chosen and load + cost > self.tokens_per_pass:
-                rows = part.select_prompts(torch.tensor(chosen, device=part.tokens.device))
-                pieces.append((rows, begin, begin + len(rows.tokens)))
-                begin, chosen, load = begin + len(rows.tokens), [], 0
-            chosen.append(prompt)
-            load += cost
-        rows = part.select_prompts(torch.tensor(chosen, device=part.tokens.device))
-        return [*pieces, (rows, begin, begin + len(rows.tokens))]
-
     def _step(self, step: int, loss: Tensor, metrics: Averages) -> None:
         with self.clock.phase("optimiser"):
             warm = min(1.0, (self.updates + 1) / max(1, self.config.warmup_steps))
             for group in self.optimiser.param_groups:
                 group["lr"] = self.config.learning_rate * warm
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters().values(), self.config.gradient_clip)
+            norm = torch.nn.utils.clip_grad_norm_(self.backend.policy.parameters().values(), self.config.gradient_clip)
             if not bool(torch.isfinite(norm + loss)):
                 raise NumericalError(
                     f"step {step}, update {self.updates} of {type(self.method).__name__}: loss {float(loss)}, "

@@ -23,6 +23,7 @@ from benchmark.config import ArchitectureConfig, RunConfig, digest
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_json
 from benchmark.policy import Policy, prepare_machine
+from benchmark.pretrained import locate
 from benchmark.problems import Item, candidates, held_out, shares
 from benchmark.problems import digest as data_digest
 from benchmark.rollouts import Rollouts
@@ -59,7 +60,7 @@ def ensure_policy(config: RunConfig, progress: Callable[[int, int, float], None]
         InputError: a task read from files has no warm-up data and no ``policy.path``.
     """
     if config.policy.path is not None:
-        return config.policy.path
+        return locate(config.policy.path, cache_folder())
     if not config.task.mix:
         raise InputError(
             "a task read from files has no worked solutions to warm up on",

@@ -22,8 +22,9 @@ from typing import Protocol
 
 import psutil
 
-from benchmark.cells import Cell, Lease, claim_next, left_by
+from benchmark.cells import Cell, Lease, LeaseLostError, claim_next, left_by
 from benchmark.config import RunConfig
+from benchmark.errors import RunError, StorageError
 
 IDLE_SECONDS = 0.5
 ONE_THREAD = {
@@ -41,11 +42,7 @@ class RunCell(Protocol):
         """Run `config` into `out`, ``result.json`` last; raise after a checkpoint once `should_stop`."""
 
 
-class LeaseLostError(Exception):
-    """Another process took the cell over while this one was not breathing."""
-
-
-class WorkersFailedError(RuntimeError):
+class WorkersFailedError(RunError):
     """Workers die before they get to a cell."""
 
 
@@ -67,6 +64,14 @@ def work(cells: Sequence[Cell], invocation: str, log: Path, stop: Event, run: Ru
     # Children inherit an ignored signal but not a handler: helpers must survive Ctrl-C and obey `terminate`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        _work(cells, invocation, log, stop, run)
+    except (OSError, StorageError):
+        traceback.print_exc()
+        sys.exit(os.EX_IOERR)
+
+
+def _work(cells: Sequence[Cell], invocation: str, log: Path, stop: Event, run: RunCell | None) -> None:
     with _output_to(log):
         train = run or _run_cell()
         left = list(cells)
@@ -169,12 +174,19 @@ class Pool:
 
         Raises:
             WorkersFailedError: workers die without having claimed a cell.
+            StorageError: a worker cannot write even that a cell failed.
         """
         for process, stop in list(self._alive):
             code = process.exitcode
             if code is None:
                 continue
             self._alive.remove((process, stop))
+            if code == os.EX_IOERR and not self._stopping:
+                self.kill()
+                what = f"worker processes cannot write there (see {self.log})"
+                raise StorageError(
+                    self.log.parent, what, "Free some space or make it writable; the same command goes on"
+                )
             if code != 0 and not self._stopping:
                 self._bury(process, code)
                 self._start_one()

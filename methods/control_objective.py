@@ -29,6 +29,7 @@ class ObjectiveWeights(GRPO):
     changes: ClassVar[tuple[Change, ...]] = ("advantage",)
     reference: ClassVar[str] = "2602.19208"
     faithful_to: ClassVar[str] = "control: the allocation's implicit weights without the allocation"
+    exchangeable: ClassVar[bool] = False  # whole numbers of rollouts: equal prompts share a remainder by their order
 
     allocation: NeymanAllocation = field(default_factory=NeymanAllocation)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ class Recipe:
     dynamic: Sequence[str] = ("dynamo", "dynamo_allocation")
     unfinished: Mapping[tuple[str, int], str] = field(default_factory=dict)
     claims: Sequence[Mapping[str, Any]] = ()
+    traced: Sequence[str] = ()  # problem texts to keep traces of
     seed: int = 0
 
 
@@ -73,7 +75,7 @@ def make_study(folder: Path, recipe: Recipe | None = None) -> Path:
     cells = []
     for arm in recipe.arms:
         for seed in recipe.seeds:
-            name = f"{arm}-s{seed}-0123abcd"
+            name = re.sub(r"[^\w.-]", "_", f"{arm}-s{seed}-0123abcd")
             cells.append({"arm": arm, "seed": seed, "run_hash": f"{arm}{seed}", "dir": f"cells/{name}"})
             state = recipe.unfinished.get((arm, seed), "done")
             if state == "missing":
@@ -121,6 +123,8 @@ def _write_cell(cell: Path, recipe: Recipe, arm: str, seed: int, base: Floats, s
         rows += _evaluation(recipe, seed, point, cost, chance, final)
     _write(cell / "evaluation.jsonl", rows)
     _write_training(cell, recipe, arm, own)
+    if recipe.traced:
+        _write(cell / "traces.jsonl", _traces(recipe, own))
     _write(cell / "result.json", [_result(recipe, arm, seed)])
 
 
@@ -180,6 +184,29 @@ def _write_training(cell: Path, recipe: Recipe, arm: str, own: np.random.Generat
     _write(cell / "metrics.jsonl", metrics)
     _write(cell / "timings.jsonl", timings)
     _write(cell / "allocation.jsonl", allocation)
+
+
+def _traces(recipe: Recipe, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Eight made-up answers to every traced problem at three moments; wrong ones spell the problem's text back."""
+    rows = []
+    for phase, step in (("training", 0), ("training", recipe.steps - 1), ("evaluation", recipe.steps)):
+        for number, prompt in enumerate(recipe.traced):
+            rollouts = []
+            for right in (True, False) * 4:
+                tokens = ["4", "2", "\\boxed{", "42", "}", "<end>"] if right else [prompt, "<end>"]
+                advantage = 0.935 if right else -0.935
+                rollout = {"verdict": "correct" if right else "wrong", "length": len(tokens), "tokens": tokens}
+                rollout["log_prob"] = (-rng.random(len(tokens))).round(4).tolist()
+                rollout["entropy"] = rng.random(len(tokens)).round(4).tolist()
+                if phase == "training":
+                    factor = (1 + 0.2 * rng.random(len(tokens))).round(4)
+                    rollout |= {"advantage_of_rollout": advantage, "factor": factor.tolist()}
+                    rollout["advantage"] = (advantage * factor).round(4).tolist()
+                rollouts.append(rollout)
+            family = recipe.families[number % len(recipe.families)]
+            head = {"phase": phase, "step": step, "item": f"{family}/{number}", "family": family}
+            rows.append(head | {"prompt": prompt, "answer": "42", "n": 8, "c": 4, "rollouts": rollouts})
+    return rows
 
 
 def _result(recipe: Recipe, arm: str, seed: int) -> dict[str, Any]:

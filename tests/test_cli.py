@@ -23,7 +23,21 @@ from benchmark.config import RunConfig
 from benchmark.jsonl import atomic_write_json
 
 ROOT = Path(benchmark.__path__[0]).parent
-COMMANDS = ["run", "study", "methods", "warmup", "report", "status", "mirror", "variance"]
+COMMANDS = [
+    "run",
+    "study",
+    "methods",
+    "warmup",
+    "report",
+    "status",
+    "mirror",
+    "variance",
+    "compare",
+    "replay",
+    "check",
+    "new-method",
+    "doctor",
+]
 
 
 def call(*arguments: str | Path) -> Result:
@@ -93,6 +107,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
         ["study", "absent.yaml"],
         ["report", "absent"],
         ["mirror", "absent"],
+        ["compare", "dynamo", "grpo", "--results", "absent"],
         ["warmup", "--task", "absent"],
     ],
 )

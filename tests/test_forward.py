@@ -11,8 +11,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from benchmark.backend import NativeBackend
 from benchmark.clock import Clock
 from benchmark.config import ArchitectureConfig, OptimiserConfig
+from benchmark.config_model import BackendConfig
 from benchmark.decode import generate, sample
 from benchmark.draws import Batch
 from benchmark.errors import InputError
@@ -189,7 +191,7 @@ def updated(tmp_path: Path, arm: str, tokens_per_pass: int, batch: Rollouts, rew
     config = OptimiserConfig(minibatches_per_batch=1, gradient_clip=1e9)
     updater = Updater(
         build(arm, {}),
-        policy,
+        NativeBackend(policy, BackendConfig(tokens_per_pass=tokens_per_pass)),
         make_optimiser(policy, config),
         config,
         1.0,
@@ -197,7 +199,6 @@ def updated(tmp_path: Path, arm: str, tokens_per_pass: int, batch: Rollouts, rew
         Ledger(tmp_path / f"{arm}-{tokens_per_pass}.jsonl"),
         Prices(1),
         Clock(torch.device("cpu")),
-        tokens_per_pass,
     )
     groups = Groups(batch.prompt, batch.prompts, reward, batch.length, ~batch.finished, 12)
     metrics = updater.update(0, Batch(batch, groups))

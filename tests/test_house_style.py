@@ -22,7 +22,7 @@ TEXTS = sorted(
     if path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".cff", ".ipynb", ".sh"} or path.name == "run"
     if path.is_file()
 )
-AREAS = "train|policy|optim|rollout|modulation|eval|cost|time|drawn"
+AREAS = "train|policy|optim|rollout|modulation|eval|cost|time|drawn|curve|system"
 
 # Folders of some machine, which no project file should name; joined here, since this file is read as well.
 FOLDERS = "|".join(["work", "tmp", "home", "root", "opt", "mnt", "Users"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import shutil
@@ -7,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import combinations
@@ -15,85 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from benchmark.config import RunConfig
 from benchmark.jsonl import append_rows, atomic_write_json, atomic_write_text
 from benchmark.mirror import STATE, Mirror
-from benchmark.mirror_record import evaluation_points, flatten
+from benchmark.mirror_points import evaluation_points
+from benchmark.mirror_record import flatten
 from benchmark.mirror_store import Store
 
-SPEND = {"rollouts": 16, "tokens_generated": 500, "flops": 10**12}
+sys.path.insert(0, str(Path(__file__).parent))
+files: Any = importlib.import_module("mirror_files")
+config, start, set_state, step, evaluation_rows = (
+    files.config,
+    files.start,
+    files.set_state,
+    files.step,
+    files.evaluation_rows,
+)
+finish, whole_cell, plan = files.finish, files.whole_cell, files.plan
+client, runs, parent_and_children, content = files.client, files.runs, files.parent_and_children, files.content
 
 
-def config(arm: str = "grpo", seed: int = 0, **params: Any) -> dict[str, Any]:
-    """A resolved configuration as a run stores it."""
-    checked = RunConfig.model_validate(
-        {
-            "study": "table",
-            "arm": arm,
-            "seed": seed,
-            "scale": "smoke",
-            "task": {"name": "sums", "mix": [{"family": "chain_sum"}]},
-            "budget": {"amount": 5000},
-            "evaluation": {"final_samples": 16, "k": [1, 8]},
-            "method": {"name": arm, "params": params},
-        }
-    )
-    return checked.model_dump(mode="json")
-
-
-def start(folder: Path, resolved: dict[str, Any]) -> None:
-    atomic_write_text(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
-    set_state(folder, "running")
-
-
-def set_state(folder: Path, state: str, message: str = "") -> None:
-    times = {"started_at": 1000.0, "updated_at": 1060.5}
-    atomic_write_json(folder / "progress.json", {"state": state, "message": message, **times})
-
-
-def step(folder: Path, number: int) -> None:
-    cost = {currency: amount * (number + 1) for currency, amount in SPEND.items()}
-    metrics = {"train/accuracy_per_prompt_mean": 0.3 + 0.01 * number, "policy/entropy_nats": 1 / (number + 1)}
-    append_rows(folder / "metrics.jsonl", [{"step": number, "cost": cost, "metrics": metrics}])
-
-
-def evaluation_rows(point: int, number: int, final: bool = False) -> list[dict[str, Any]]:
-    n = 16 if final else 4
-    cost = {currency: amount * number for currency, amount in SPEND.items()}
-    head = {"point": point, "step": number, "final": final, "cost": cost}
-    items = [("sums", 1), ("sums", 3), ("products", 0)]
-    return [
-        {**head, "item": f"{family}/{i}", "family": family, "n": n, "c": c, "tokens": 10 * n, "verdicts": {}}
-        for i, (family, c) in enumerate(items)
-    ]
-
-
-def finish(folder: Path, steps: int) -> None:
-    append_rows(folder / "evaluation.jsonl", evaluation_rows(1, steps, final=True))
-    set_state(folder, "done")
-    spent = {currency: amount * steps for currency, amount in SPEND.items()}
-    result = {"spent": {**spent, "device_seconds": 12.5}, "seconds": {"decode": 7.5}, "overshoot": 0}
-    atomic_write_json(folder / "result.json", result)
-
-
-def whole_cell(folder: Path, resolved: dict[str, Any], steps: int = 3) -> None:
-    start(folder, resolved)
-    append_rows(folder / "evaluation.jsonl", evaluation_rows(0, 0))
-    for number in range(steps):
-        step(folder, number)
-    finish(folder, steps)
-
-
-def plan(study: Path, arms: tuple[str, ...], seeds: tuple[int, ...] = (0,)) -> list[tuple[Path, dict[str, Any]]]:
-    cells = [(study / "cells" / f"{arm}-s{seed}", config(arm, seed)) for seed in seeds for arm in arms]
-    listed = [{"arm": c["arm"], "seed": c["seed"], "dir": str(folder.relative_to(study))} for folder, c in cells]
-    atomic_write_json(
-        study / "plan.json",
-        {"study": "table", "primary_currency": "tokens_generated", "arms": arms, "cells": listed},
-    )
-    return cells
+TIMED = {"system/cpu_utilization_percentage", "system/process_memory_usage_megabytes", "time/elapsed_seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -123,44 +66,6 @@ def mirror(uri: str, tmp_path: Path) -> Iterator[Callable[..., Mirror]]:
         old._release()
 
 
-def client(uri: str) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
-def runs(uri: str, experiment: str) -> list[Any]:
-    found = client(uri).get_experiment_by_name(experiment)
-    return [] if found is None else list(client(uri).search_runs([found.experiment_id], max_results=1000))
-
-
-def parent_and_children(uri: str, experiment: str) -> tuple[Any, dict[str, Any]]:
-    found = runs(uri, experiment)
-    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
-    assert len(parents) == 1
-    children = [run for run in found if run is not parents[0]]
-    assert {run.data.tags["mlflow.parentRunId"] for run in children} <= {parents[0].info.run_id}
-    named = {run.data.tags["rolloutbench.cell"]: run for run in children}
-    assert len(named) == len(children)
-    return parents[0], named
-
-
-def content(uri: str, experiment: str) -> dict[str, Any]:
-    """Everything but ids and times: points in order, parameters, status."""
-    result: dict[str, Any] = {}
-    for name, run in parent_and_children(uri, experiment)[1].items():
-        store = client(uri)
-        history = {
-            key: sorted((metric.step, metric.value) for metric in store.get_metric_history(run.info.run_id, key))
-            for key in run.data.metrics
-        }
-        for key, points in history.items():
-            doubled = [at for at, count in Counter(at for at, _ in points).items() if count > 1]
-            assert not doubled, f"{name} {key}: two points at {doubled}"
-        result[name] = (history, run.data.params, run.info.status)
-    return result
-
-
 def test_points_parameters_and_tags_are_those_of_the_files(
     mirror: Callable[..., Mirror], uri: str, tmp_path: Path
 ) -> None:
@@ -185,9 +90,14 @@ def test_points_parameters_and_tags_are_those_of_the_files(
     assert (tags["arm"], tags["seed"], tags["scale"], tags["study"]) == ("grpo", "0", "smoke", "table")
     assert (status, parent.info.status) == ("FINISHED", "FINISHED")
     assert (child.info.start_time, child.info.end_time) == (1_000_000, 1_060_500)
-    [dataset] = child.inputs.dataset_inputs
-    assert dataset.dataset.name == "sums"
-    assert len(dataset.dataset.digest) <= 36
+    inputs = {entry.tags[0].value: entry.dataset for entry in child.inputs.dataset_inputs}
+    assert {context: dataset.name for context, dataset in inputs.items()} == {
+        "training": "sums-training",
+        "evaluation": "sums-evaluation",
+    }
+    assert json.loads(inputs["training"].profile) == {"items": 1024}
+    assert len({dataset.digest for dataset in inputs.values()}) == 2
+    assert all(len(dataset.digest) <= 36 for dataset in inputs.values())
 
 
 def test_following_a_run_ends_where_one_look_at_the_end_does(
@@ -224,7 +134,7 @@ def test_a_torn_row_and_half_an_evaluation_wait(mirror: Callable[..., Mirror], u
     (folder / "metrics.jsonl").write_text(text[:-5])
     following = mirror(tmp_path / "study")
     assert following.sync()
-    assert content(uri, f"{tmp_path.name}/table")["grpo-s0"][0] == {}
+    assert set(content(uri, f"{tmp_path.name}/table")["grpo-s0"][0]) == TIMED
     (folder / "metrics.jsonl").write_text(text)
     append_rows(folder / "evaluation.jsonl", evaluation_rows(0, 0)[1:])
     assert following.sync()
@@ -421,7 +331,8 @@ def test_report_tables_figures_plan_and_configurations_are_artifacts(
 
     assert listed(parent) == {"REPORT.md", "tables", "figures", "plan.json"}
     assert listed(parent, "tables") == {"tables/main.csv"}
-    assert listed(children["grpo-s0"]) == {"config.yaml"}
+    records = {"evaluation.jsonl", "metrics.jsonl", "timings.jsonl", "result.json"}
+    assert listed(children["grpo-s0"]) == {"config.yaml"} | records
     assert Path(uri.removeprefix("sqlite:///")).parent.as_uri() in parent.info.artifact_uri
 
 
@@ -568,48 +479,6 @@ def test_mlflow_is_imported_only_when_a_store_is_opened(tmp_path: Path) -> None:
         "sys.exit('mlflow' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-@pytest.mark.slow
-def test_a_tracking_server_stopped_in_the_middle_and_started_again(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
-
-    def serve() -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--workers", "1"]
-        server = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return server
-            time.sleep(0.2)
-        raise TimeoutError("the tracking server did not start")
-
-    study = tmp_path / "study"
-    [(folder, resolved)] = plan(study, ("grpo",))
-    start(folder, resolved)
-    following = Mirror(uri, study, "table")
-    server = serve()
-    try:
-        step(folder, 0)
-        assert following.sync()
-        server.terminate()
-        server.wait(60)
-        step(folder, 1)
-        assert not following.sync()
-        server = serve()
-        step(folder, 2)
-        finish(folder, 3)
-        assert following.close()
-        history, _, status = content(uri, "table")["grpo-s0"]
-        assert [at for at, _ in history["cost/rollouts"]] == [500, 1000, 1500]
-        assert status == "FINISHED"
-    finally:
-        server.terminate()
-        server.wait(60)
 
 
 def test_the_state_names_every_run(mirror: Callable[..., Mirror], uri: str, tmp_path: Path) -> None:

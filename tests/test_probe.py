@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from benchmark.groups import Groups
 from benchmark.history import HistoryView, PromptHistory
 from benchmark.ledger import CURRENCIES, Budget, Ledger
 from benchmark.method import Method, Probe
-from benchmark.mirror_record import find_cells, result_points
+from benchmark.mirror_points import result_points
+from benchmark.mirror_record import find_cells
 from benchmark.run import Interrupted, run_cell
 from benchmark.verdict import Verdict
 
@@ -35,7 +37,7 @@ synthetic: Any = importlib.import_module("synthetic_results")
 policy, train, rows = training.policy, training.train, training.rows
 
 Train = Callable[..., Path]
-COLUMNS = ("successes", "trials", "visits", "last_successes", "last_trials", "probe_successes", "probe_trials")
+WIDTH = 17  # numbers in a row: ten counts, gradient norms of two classes and their squares, alignment
 ROLLOUTS = {"currency": "rollouts", "amount": 200}
 
 
@@ -52,7 +54,8 @@ def probing(monkeypatch: pytest.MonkeyPatch, probe: Probe | None) -> None:
 
 
 def table(view: HistoryView) -> list[list[float]]:
-    return np.stack([getattr(view, name) for name in COLUMNS], axis=1).tolist()
+    columns = [values.reshape(len(view), -1) for values in view.columns().values() if values.size]
+    return np.concatenate(columns, axis=1).tolist()
 
 
 def spy_on_samples(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[list[int], list[list[int]]]]]:
@@ -60,8 +63,8 @@ def spy_on_samples(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[list
     seen: dict[str, list[tuple[list[int], list[list[int]]]]] = {}
     sample = Collector._sample
 
-    def spy(self: Collector, weights: Any, purpose: str, step: int, prompts: list[int], *rest: Any) -> Any:
-        result = sample(self, weights, purpose, step, prompts, *rest)
+    def spy(self: Collector, purpose: str, step: int, prompts: list[int], *rest: Any) -> Any:
+        result = sample(self, purpose, step, prompts, *rest)
         seen.setdefault(purpose, []).append((prompts, result[0].texts()))
         return result
 
@@ -122,9 +125,7 @@ def some_views() -> tuple[HistoryView, HistoryView]:
     history = PromptHistory(5, half_life=2.0)
     history.record([0, 2, 3], np.array([1.0, 2.0, 0.0]), np.array([4.0, 4.0, 4.0]))
     history.record([2, 4], np.array([3.0, 1.0]), np.array([8.0, 1.0]))
-    probed = HistoryView(
-        *(getattr(history.view([2, 1]), name) for name in COLUMNS[:-2]), np.array([5, 0]), np.array([6, 6])
-    )
+    probed = replace(history.view([2, 1]), probe_successes=np.array([5, 0]), probe_trials=np.array([6, 6]))
     return history.view([0, 4, 3]), probed
 
 
@@ -157,7 +158,7 @@ def test_groups_made_by_hand_are_of_prompts_never_seen() -> None:
     index, reward = torch.tensor([0, 0, 2]), torch.tensor([1.0, 0.0, 1.0])
     length = torch.tensor([3, 4, 5])
     groups = Groups(index, 3, reward, length, length > 9, 9)
-    assert table(groups.history) == [[0.0] * 7] * 3
+    assert table(groups.history) == [[0.0] * WIDTH] * 3
     shown = Groups(index, 3, reward, length, length > 9, 9, some_views()[0]).history
     assert table(shown) == table(some_views()[0])
     with pytest.raises(ValueError, match="2 prompts for groups of 3"):
@@ -257,7 +258,7 @@ def test_an_oracle_is_recorded_and_changes_nothing_it_is_not_asked_about(
     charged = sum(value for phase, value in seconds.items() if phase not in ("evaluate", "oracle"))
     assert result["spent"]["device_seconds"] == pytest.approx(charged)
     (cell,) = find_cells(out)
-    points = {point.key: point.value for point in result_points(cell)}
+    points = {point.key: point.value for point in result_points(cell.folder, cell.currency)}
     assert points["cost/oracle_tokens"] == result["oracle"]["tokens_generated"]
 
 
@@ -310,8 +311,8 @@ def test_the_number_of_successes_is_that_of_the_probes_verdicts(train: Train, mo
     views: list[HistoryView] = []
     sample, allocate = Collector._sample, GRPO.allocate
 
-    def spy_sample(self: Collector, weights: Any, purpose: str, *rest: Any) -> Any:
-        result = sample(self, weights, purpose, *rest)
+    def spy_sample(self: Collector, purpose: str, *rest: Any) -> Any:
+        result = sample(self, purpose, *rest)
         if purpose == "probe":
             verdicts.append([verdict is Verdict.CORRECT for verdict in result[1]])
         return result

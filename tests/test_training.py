@@ -23,7 +23,7 @@ from benchmark.run import Interrupted, run_cell
 from benchmark.verdict import Verdict
 from benchmark.warmup import warm_up
 
-DETERMINISTIC = ("ledger.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl")
+DETERMINISTIC = ("ledger.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl", "traces.jsonl")
 MIX = [{"family": "chain_sum", "num_terms": [2, 2], "num_digits": [1, 1]}]
 
 
@@ -173,6 +173,10 @@ IDENTITIES = {
     "dynamo with every switch off": (
         "dynamo",
         {"allocation": {"enabled": False}, "compensation": {"alpha": 0.0}, "stabilisation": {"floor": 1.0}},
+    ),
+    "gradient allocation switched off": (
+        "dynamo_gradient",
+        {"allocation": {"enabled": False}},
     ),
     "allocation with equal bounds": ("dynamo_allocation", {"allocation": {"n_low": 8, "n_high": 8}}),
     "dapo without its parts": (

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from baselines.grpo import GRPO
+from benchmark.backend import NativeBackend
 from benchmark.clock import Clock
 from benchmark.config import ArchitectureConfig, OptimiserConfig
+from benchmark.config_model import BackendConfig
 from benchmark.draws import Batch
 from benchmark.groups import Groups
 from benchmark.jsonl import read_rows
@@ -61,7 +63,7 @@ def update(folder: Path, method: Method, tokens_per_pass: int, reward: Tensor = 
     batch = make_batch()
     updater = Updater(
         method=method,
-        policy=policy,
+        backend=NativeBackend(policy, BackendConfig(tokens_per_pass=tokens_per_pass)),
         optimiser=make_optimiser(policy, config),
         config=config,
         temperature=1.0,
@@ -69,7 +71,6 @@ def update(folder: Path, method: Method, tokens_per_pass: int, reward: Tensor = 
         ledger=Ledger(file),
         prices=Prices(1),
         clock=Clock(torch.device("cpu")),
-        tokens_per_pass=tokens_per_pass,
     )
     groups = Groups(batch.prompt, batch.prompts, reward, batch.length, ~batch.finished, 12)
     metrics = updater.update(0, Batch(batch, groups))

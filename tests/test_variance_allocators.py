@@ -23,7 +23,7 @@ def known(successes: list[int], trials: int = 16, seed: int = 0) -> Known:
     prompts = len(successes)
     history = PromptHistory(prompts)
     k = np.array(successes, dtype=float)
-    history.record(range(prompts), k, np.full(prompts, float(trials)))
+    history.record(range(prompts), k, *np.full((3, prompts), float(trials)))
     norm = np.random.default_rng(seed).uniform(1, 3, size=(prompts, 2))
     norm[k == 0, 1], norm[k == trials, 0] = 0.0, 0.0
     return Known(history.view(range(prompts)), norm, 1.2 * norm**2)

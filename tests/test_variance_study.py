@@ -11,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from analysis.variance_allocators import NAMES
 from analysis.variance_replay import proxy
 from analysis.variance_study import VarianceConfig, plan
 from benchmark.cli_variance import log_to_mlflow, variance
@@ -62,7 +63,7 @@ def test_report_tables_and_figures_are_there(folder: Path) -> None:
 def test_table_holds_every_allocator_at_every_checkpoint(folder: Path) -> None:
     frame = pd.read_csv(folder / "tables" / "variance.csv")
     assert list(dict.fromkeys(frame["checkpoint"])) == ["before RL", "grpo, 100 %"]
-    assert len(frame) == 2 * 3 * 3 * 2 * 11
+    assert len(frame) == 2 * 3 * 3 * 2 * len(NAMES)
     assert np.isfinite(frame["ratio"]).all()
     assert (frame.loc[frame["allocator"] == "uniform", "ratio"] == 1).all()
 

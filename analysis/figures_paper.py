@@ -1,0 +1,240 @@
+"""Figures that papers of the field show beside a table: profiles, difficulty, improvement, Pareto front, histograms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.comparisons import Scores
+from analysis.figures_forest import forest
+from analysis.formatting import currency_name, metric_name, points
+from analysis.palette import styles
+from analysis.plotting import amounts, beside, compact_log, label_x, legend_right, narrow, new_figure, percent
+from analysis.resampling import bootstrap_for
+from analysis.statistics import Floats, family_weights, improvement_estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DIFFICULTY = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Upper ends of the bins of success before training; the first holds problems that were never solved."""
+HISTOGRAMS = (
+    ("policy/entropy_nats", "entropy, nats", False),
+    ("policy/ratio_max", "largest ratio", True),
+    ("policy/kl_old_nats", "KL(old, new) a token, nats", True),
+)
+"""Per-step quantities: key, label, whether the axis is logarithmic."""
+
+
+def difficulty_bins(scores: Scores) -> tuple[NDArray[np.int64], Floats]:
+    """Bin of every problem, (I,), by its success before training pooled over seeds, and that success, (I,).
+
+    Arms share weights and streams before training, so the bins are the same for all of them.
+    """
+    arm = scores.study.reference if scores.study.reference in scores.study.arms else scores.study.arms[0]
+    before = np.mean([scores.curve(arm, seed, "pass_at_1")[0] for seed in scores.seeds(arm)], axis=0)
+    bins = np.searchsorted(np.array(DIFFICULTY), np.asarray(before), side="left").astype(np.int64)
+    return np.asarray(bins), np.asarray(before, dtype=np.float64)
+
+
+def difficulty(scores: Scores) -> Figure | None:
+    """Final pass@1 by success before training: the reference's level, and each arm's paired difference to it.
+
+    A bold number has an interval without 0 (seeds and problems of the bin; not corrected for the many numbers).
+    """
+    study = scores.study
+    if study.reference not in study.arms:
+        return None
+    bins, _ = difficulty_bins(scores)
+    shown = [b for b in range(len(DIFFICULTY)) if (bins == b).any()]
+    others = [arm for arm in study.arms if arm != study.reference and scores.seeds(arm, study.reference)]
+    figure = new_figure(0.2 * (len(others) + 1) + 0.75)
+    axis: Axes = figure.subplots()
+    level = scores.final(study.reference, "pass_at_1")
+    table = np.full((len(others) + 1, len(shown)), np.nan)
+    size = 6.0 if narrow() else 7.5
+    for column, b in enumerate(shown):
+        places = np.flatnonzero(bins == b)
+        text = f"{100 * level[:, places].mean():.1f} %"
+        axis.text(column, 0, text, ha="center", va="center", fontsize=size, color="#444444", style="italic")
+        for row, arm in enumerate(others, start=1):
+            values = scores.paired((arm, study.reference), "pass_at_1")[:, places]
+            found = bootstrap_for(len(values), ("bin",) * len(places)).estimate(values)
+            table[row, column] = float(found.mean)
+            clear = bool(found.low > 0 or found.high < 0)
+            weight = "bold" if clear else "normal"
+            axis.text(
+                column,
+                row,
+                points(float(found.mean), sign=True),
+                ha="center",
+                va="center",
+                fontsize=size,
+                weight=weight,
+            )
+    reach = float(np.nanmax(np.abs(table), initial=0.01))
+    # Light at both ends, so that black text stays readable; the sign is in the text, for grey print.
+    axis.imshow(table, cmap="PuOr", vmin=-2.2 * reach, vmax=2.2 * reach, aspect="auto")
+    names = [_bin_name(b) for b in shown]
+    counts = [int((bins == b).sum()) for b in shown]
+    axis.set_xticks(range(len(shown)), [f"{name}\nn = {count}" for name, count in zip(names, counts, strict=True)])
+    axis.set_yticks(range(len(others) + 1), [study.reference, *others])
+    axis.tick_params(length=0, labelsize=size)
+    axis.grid(visible=False)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    label_x(figure, axis, f"success before training, %; below {study.reference}: difference to it, points")
+    return figure
+
+
+def _bin_name(number: int) -> str:
+    if number == 0:
+        return "0"
+    return f"{100 * DIFFICULTY[number - 1]:g}\N{EN DASH}{100 * DIFFICULTY[number]:g}"
+
+
+def profile(scores: Scores, arm: str, thresholds: Floats) -> Floats:
+    """Share of runs and problems whose final pass@1 is at least each threshold, families weighted equally; (T,)."""
+    final = scores.final(arm, "pass_at_1")
+    reached = (final[None] >= thresholds[:, None, None] - 1e-9).mean(axis=1)
+    return np.asarray(reached @ family_weights(scores.families), dtype=np.float64)
+
+
+def performance_profiles(scores: Scores) -> Figure | None:
+    """Share of runs and problems at or above a score, over the score; on the right the difference to the reference."""
+    study, looks = scores.study, styles(scores.study.plan["arms"])
+    thresholds = np.linspace(1 / study.samples, 1, min(study.samples, 64))
+    profiles = {arm: profile(scores, arm, thresholds) for arm in study.arms}
+    base = profiles.get(study.reference)
+    figure, axes = beside(1 if base is None else 2, 2.2 if narrow() else 3.3)
+    for arm, shares in profiles.items():
+        for axis, values in zip(axes, [shares] if base is None else [shares, shares - base], strict=True):
+            axis.plot(
+                thresholds,
+                values,
+                color=looks[arm].colour,
+                linestyle=looks[arm].dash,
+                linewidth=1.9 if arm in (study.reference, "dynamo") else 1.0,
+                label=arm,
+            )
+    axes[0].set_title("runs and problems at or above, %", loc="left")
+    if base is not None:
+        axes[1].set_title(f"difference to {study.reference}, points", loc="left")
+    for axis in axes:
+        percent(axis.yaxis)
+    percent(axes[0].xaxis)
+    for axis in axes[-1:] if narrow() else axes:
+        axis.set_xlabel("final pass@1 of a problem, %")
+    legend_right(figure, axes[-1])
+    return figure
+
+
+def improvement(scores: Scores) -> Figure | None:
+    """Probability that a run of an arm beats a run of the reference on a random family, with its interval."""
+    study = scores.study
+    found = {}
+    for arm in study.arms:
+        shared = scores.seeds(arm, study.reference) if study.reference in study.arms and arm != study.reference else []
+        if shared:
+            own, other = (scores.family_scores(x, study.metric, shared) for x in (arm, study.reference))
+            found[arm] = improvement_estimate(own, other)
+    if not found:
+        return None
+    figure = forest(study, found, digits=0)
+    axis = figure.axes[0]
+    axis.axvline(0.5, color="#444444", linewidth=0.9, zorder=1)
+    axis.set_xlim(-0.02, 1.02)
+    label_x(figure, axis, f"P(run beats a run of {study.reference}), {metric_name(study.metric)}, %")
+    return figure
+
+
+def front(cost: Sequence[float], accuracy: Sequence[float]) -> list[int]:
+    """Positions of the points that no other point beats in both, from the cheapest to the best."""
+    chosen: list[int] = []
+    for place in sorted(range(len(cost)), key=lambda i: (cost[i], -accuracy[i])):
+        if not chosen or accuracy[place] > accuracy[chosen[-1]]:
+            chosen.append(place)
+    return chosen
+
+
+def pareto(scores: Scores) -> Figure | None:
+    """Final accuracy over what a run cost in currencies other than the budget's; the line is the Pareto front.
+
+    Bars are 95 % intervals over seeds.
+    """
+    study, looks = scores.study, styles(scores.study.plan["arms"])
+    spent = study.done.groupby("arm")[["spent/flops", "spent/device_seconds"]].mean()
+    currencies = [name for name in spent if spent[name].notna().all() and (spent[name] > 0).all()]
+    if not currencies:
+        return None
+    # Over seeds only: all arms answer the same problems, so the luck of the problems moves them together.
+    found = {arm: scores.estimate(scores.final(arm, study.metric), problems=False) for arm in study.arms}
+    figure, axes = beside(len(currencies), 2.4 if narrow() else 3.3, share_x=False, share_y=True)
+    for axis, currency in zip(axes, currencies, strict=True):
+        cost = spent[currency].reindex(study.arms).tolist()
+        heights = [float(found[arm].mean) for arm in study.arms]
+        best = front(cost, heights)
+        axis.step([cost[i] for i in best], [heights[i] for i in best], where="post", color="#9A9A9A", zorder=1)
+        for arm, x, y in zip(study.arms, cost, heights, strict=True):
+            style = looks[arm]
+            axis.plot(
+                [x, x], [float(found[arm].low), float(found[arm].high)], color=style.colour, linewidth=0.8, alpha=0.6
+            )
+            axis.plot(x, y, style.marker, color=style.colour, markersize=5.5, markeredgecolor="white", label=arm)
+        axis.set_xlabel(f"{currency_name(str(currency).removeprefix('spent/'))} of a run, mean over seeds")
+        amounts(axis.xaxis)
+        percent(axis.yaxis)
+    for axis in axes if narrow() else axes[:1]:
+        axis.set_ylabel(f"final {metric_name(study.metric)}, %")
+    legend_right(figure, axes[-1])
+    return figure
+
+
+def step_histograms(scores: Scores) -> Figure | None:
+    """How entropy, the largest ratio and the KL estimate of a step are spread over the steps of each arm.
+
+    One row an arm: darker is a larger share of its steps, all seeds together; the line is the median.
+    """
+    study = scores.study
+    kept = [entry for entry in HISTOGRAMS if entry[0] in study.steps and study.steps[entry[0]].notna().any()]
+    if not kept:
+        return None
+    figure, axes = beside(len(kept), 0.17 * len(study.arms) + 0.75, share_x=False, share_y=True)
+    mesh = None
+    for axis, (key, label, logarithmic) in zip(axes, kept, strict=True):
+        values = {arm: study.steps.loc[study.steps["arm"] == arm, key].dropna().to_numpy(float) for arm in study.arms}
+        mesh = _rows_of_histograms(axis, list(values.values()), logarithmic)
+        axis.set_title(label, loc="left")
+        axis.set_yticks(range(len(values)), list(values))
+        axis.set_ylim(len(values) - 0.5, -0.5)
+        axis.tick_params(axis="y", length=0, labelsize=6.5)
+        axis.grid(visible=False)
+    if mesh is not None:
+        bar = figure.colorbar(mesh, ax=axes, shrink=0.9, aspect=22, pad=0.02)
+        percent(bar.ax.yaxis)
+        bar.set_label("share of steps, %")
+        bar.outline.set_visible(False)
+    return figure
+
+
+def _rows_of_histograms(axis: Axes, rows: Sequence[Floats], logarithmic: bool, bins: int = 32) -> Any:
+    """One row of cells a sample; the axis ends at the 98 % quantile, beyond which values count in the last cell."""
+    everything = np.concatenate(rows)
+    low, high = float(everything.min()), float(np.quantile(everything, 0.98))
+    high = high if high > low else low + 1.0
+    edges = np.geomspace(low, high, bins + 1) if logarithmic and low > 0 else np.linspace(low, high, bins + 1)
+    shares = np.stack([np.histogram(row.clip(low, high), edges)[0] / max(len(row), 1) for row in rows])
+    heights = np.arange(len(rows) + 1) - 0.5
+    mesh = axis.pcolormesh(edges, heights, shares, cmap="Greys", vmin=0, vmax=0.35, rasterized=True)
+    for place, row in enumerate(rows):
+        if len(row):
+            middle = float(np.median(row.clip(low, high)))
+            axis.plot([middle, middle], [place - 0.42, place + 0.42], color="#D55E00", linewidth=1.6)
+    if logarithmic and low > 0:
+        axis.set_xscale("log")
+        compact_log(axis.xaxis)
+    return mesh

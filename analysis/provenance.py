@@ -1,0 +1,84 @@
+"""What surrounds the numbers of a report: what is missing, what was run, whether accounts add up, how to repeat it."""
+
+from __future__ import annotations
+
+from analysis.comparisons import Scores
+from analysis.formatting import amount, counted, currency_name, exact
+from analysis.results import Study
+from benchmark.ledger import FATES
+
+_SHARED = {
+    0: "so no difference is shown",
+    1: "so the intervals of the difference are over problems only and do not hold the luck of training",
+}
+
+
+def facts(scores: Scores) -> dict[str, str]:
+    """The size of a study in words, by what they are about."""
+    study = scores.study
+    budget = float(study.done["planned"].iloc[0])
+    return {
+        "runs": f"{len(study.done)} of {counted(len(study.cells), 'run')}",
+        "arms": counted(len(study.arms), "arm"),
+        "seeds": counted(len(study.plan["seeds"]), "seed"),
+        "budget": f"{exact(budget)} {currency_name(str(study.done['planned_currency'].iloc[0]))} each",
+        "scale": str(study.plan.get("scale", "?")),
+        "problems": counted(len(scores.items), "problem"),
+        "samples": counted(study.samples, "sample"),
+    }
+
+
+def caveats(scores: Scores) -> list[str]:
+    """What a reader has to know before trusting the numbers, one sentence each."""
+    study, problems = scores.study, list(scores.study.problems)
+    absent = [arm for arm in study.plan["arms"] if arm not in study.arms]
+    if study.reference in absent:
+        problems.append(f"{study.reference}, the reference, has no finished run: nothing can be compared.")
+    elif len(study.plan["seeds"]) > 1:
+        shared = {arm: len(scores.seeds(arm, study.reference)) for arm in study.arms if arm != study.reference}
+        for count, what in _SHARED.items():
+            if lone := [arm for arm in shared if shared[arm] == count]:
+                problems.append(f"{', '.join(lone)}: {counted(count, 'seed')} shared with {study.reference}, {what}.")
+    return problems
+
+
+def audit(study: Study) -> list[str]:
+    """Whether budgets were kept and every rollout is accounted for, one sentence each."""
+    done, runs = study.done, counted(len(study.done), "run")
+    exactly = int((done["overshoot"] == 0).sum())
+    drawn = done[[f"drawn/{fate}" for fate in FATES]].sum(axis=1)
+    whole = int((drawn == done["spent/rollouts"]).sum())
+    lines = [
+        f"{exactly} of {runs} ended exactly at the budget.",
+        f"In {whole} of {runs} the fates of the rollouts ({', '.join(FATES)}) add up to the rollouts charged.",
+    ]
+    told = done[done["oracle/rollouts"] > 0]
+    if len(told):
+        arms = ", ".join(arm for arm in study.arms if arm in set(told["arm"]))
+        lines.append(f"Told something for free, so no method but a bound: {arms}.")
+    return lines
+
+
+def reproduce(study: Study) -> str:
+    """The command that makes the study again."""
+    seeds: list[int] = study.plan["seeds"]
+    options = f"--scale {study.plan.get('scale', 'small')}"
+    if seeds == list(range(len(seeds))):  # other seeds can only come from the study's own file
+        options += f" --seeds {len(seeds)}"
+    whole = "nox -s reproduce_main_table --" if study.name == "main_table" else f"rolloutbench study {study.name}"
+    return f"{whole} {options}"
+
+
+def measured_on(study: Study) -> list[str]:
+    """Devices, time and versions, one sentence each."""
+    devices = sorted({str(device) for device in study.done["device"].dropna()})
+    versions = [f"{library} {' and '.join(found)}" for library, found in study.versions.items()]
+    seconds = float(study.done["wall_seconds"].fillna(0.0).sum())
+    lines = [
+        f"Device: {', '.join(devices) or 'not recorded'}; {amount(seconds / 60)} minutes of wall time, added up "
+        "over the runs.",
+        f"Versions: {', '.join(versions) or 'not recorded'}.",
+    ]
+    if any(len(found) > 1 for found in study.versions.values()):
+        lines.append("The runs did not all use the same versions.")
+    return lines

@@ -1,0 +1,198 @@
+"""Where rollouts come from and how tokens are scored: one small interface, the same methods and updates behind it.
+
+- `load_weights`: from now on sample from the policy as it is.
+- `generate`: ragged groups with the log-probability of every sampled token and the reason each rollout ended.
+- `score`: the training forward; `split` cuts an update batch into passes that fit in memory.
+- `usage`: tokens and seconds so far.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmark import streams
+from benchmark.config_model import BackendConfig
+from benchmark.decode import generate
+from benchmark.policy import Policy
+from benchmark.rollouts import Rollouts
+from benchmark.scoring import TokenStatistics, score
+from benchmark.transformer import Weights
+
+Piece = tuple[Rollouts, int, int]
+"""Part of an update batch: its rollouts, and where its tokens begin and end in the batch."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to sample.
+
+    Attributes:
+        prompts: token ids of each prompt, on the policy's device. counts: (P,) rollouts of each, R in all.
+        keys, lanes: (R,) name the random stream of each rollout (`benchmark.streams.uniforms`).
+        max_tokens: token limit of a rollout. temperature: of the softmax; its log-probabilities are those returned.
+    """
+
+    prompts: list[Tensor]
+    counts: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+    lanes: NDArray[np.int64]
+    max_tokens: int
+    temperature: float
+
+    def uniforms(self, device: torch.device) -> Tensor:
+        """(R, max_tokens) float32 in [0, 1), one draw per token of each rollout."""
+        return torch.from_numpy(streams.uniforms(self.keys, self.lanes, self.max_tokens)).float().to(device)
+
+
+@dataclass
+class Usage:
+    """What `generate` has done so far; a shared prompt counts once a request."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    tokens_generated: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Backend(ABC):
+    """A policy behind a sampler and a scorer.
+
+    Attributes:
+        policy: the model in training. config: how it is run.
+        exact: sampled log-probabilities are those of `score` to rounding, so ratios start at 1.
+    """
+
+    policy: Policy
+    config: BackendConfig
+    usage: Usage = field(default_factory=Usage)
+    exact: bool = True
+
+    def generate(self, request: Request) -> Rollouts:
+        """Rollouts ordered by prompt, then by number."""
+        start = time.perf_counter()
+        rollouts = self._generate(request)
+        self.usage.requests += 1
+        self.usage.prompt_tokens += len(rollouts.prompt_tokens)
+        self.usage.tokens_generated += len(rollouts.tokens)
+        self.usage.seconds += time.perf_counter() - start
+        return rollouts
+
+    @abstractmethod
+    def load_weights(self) -> None:
+        """Sample from the policy's present weights from now on."""
+
+    @abstractmethod
+    def _generate(self, request: Request) -> Rollouts: ...
+
+    @abstractmethod
+    def score(self, batch: Rollouts, temperature: float) -> TokenStatistics:
+        """Statistics of every generated token of `batch` in its order, (T,); gradients flow to the policy."""
+
+    @abstractmethod
+    def split(self, batch: Rollouts) -> list[Piece]:
+        """Consecutive pieces of at most ``config.tokens_per_pass`` tokens each, or of one unit that cannot be cut."""
+
+    def rest(self) -> None:  # noqa: B027 (most share the policy's memory)
+        """No more samples until the next `load_weights`: give memory to the update."""
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to release)
+        """Release what the sampler holds."""
+
+
+class NativeBackend(Backend):
+    """The suite's own forward and decode loop; a prompt is computed once for its whole group."""
+
+    _weights: Weights | None = None
+
+    @torch.no_grad()
+    def load_weights(self) -> None:
+        """See `Backend.load_weights`."""
+        self._weights = self.policy.fused()
+
+    def _generate(self, request: Request) -> Rollouts:
+        if self._weights is None:
+            self.load_weights()
+        assert self._weights is not None
+        device = request.prompts[0].device
+        return generate(
+            self._weights,
+            torch.cat(request.prompts),
+            torch.tensor([len(prompt) for prompt in request.prompts], device=device),
+            torch.from_numpy(request.counts).to(device),
+            request.uniforms(device),
+            max_tokens=request.max_tokens,
+            end=self.policy.end,
+            temperature=request.temperature,
+        )
+
+    def score(self, batch: Rollouts, temperature: float) -> TokenStatistics:
+        """See `Backend.score`."""
+        return score(self.policy.fused(), batch, temperature=temperature)
+
+    def split(self, batch: Rollouts) -> list[Piece]:
+        """See `Backend.split`."""
+        return by_prompts(batch, self.config.tokens_per_pass)
+
+
+def by_prompts(batch: Rollouts, limit: int) -> list[Piece]:
+    """Cut `batch` between prompts so that each piece holds at most `limit` tokens, or one prompt."""
+    if len(batch.tokens) + len(batch.prompt_tokens) <= limit:
+        return [(batch, 0, len(batch.tokens))]
+    per_prompt = torch.zeros(batch.prompts, dtype=torch.int64).index_add_(0, batch.prompt.cpu(), batch.length.cpu())
+    pieces: list[Piece] = []
+    chosen: list[int] = []
+    load = begin = 0
+    for prompt, tokens in enumerate(per_prompt.tolist()):
+        cost = tokens + int(batch.prompt_length[prompt])
+        if chosen and load + cost > limit:
+            rows = batch.select_prompts(torch.tensor(chosen, device=batch.tokens.device))
+            pieces.append((rows, begin, begin + len(rows.tokens)))
+            begin, chosen, load = begin + len(rows.tokens), [], 0
+        chosen.append(prompt)
+        load += cost
+    rows = batch.select_prompts(torch.tensor(chosen, device=batch.tokens.device))
+    return [*pieces, (rows, begin, begin + len(rows.tokens))]
+
+
+def by_rollouts(batch: Rollouts, limit: int) -> list[Piece]:
+    """Cut `batch` between rollouts so that each piece holds at most `limit` tokens, prompts included, or one rollout.
+
+    Every rollout of a piece has its own copy of its prompt.
+    """
+    cost = (batch.prompt_length[batch.prompt] + batch.length).tolist()
+    lengths = batch.length.tolist()
+    pieces: list[Piece] = []
+    first = begin = load = end = 0
+    for row, tokens in enumerate(cost):
+        if row > first and load + tokens > limit:
+            pieces.append((batch.ungrouped(first, row), begin, end))
+            first, begin, load = row, end, 0
+        load += tokens
+        end += lengths[row]
+    return [*pieces, (batch.ungrouped(first, len(batch)), begin, end)]
+
+
+def make(policy: Policy, config: BackendConfig, model: str | Path = "") -> Backend:
+    """The backend of `config`; `model` is where the policy was read, for an engine that makes its own copy.
+
+    Raises:
+        InputError: what it needs is not installed, or it cannot run this model.
+    """
+    if config.name == "transformers":
+        from benchmark.backend_transformers import TransformersBackend
+
+        return TransformersBackend(policy, config)
+    if config.name == "vllm":
+        from benchmark.backend_vllm import VLLMBackend
+
+        return VLLMBackend(policy, config, str(model))
+    return NativeBackend(policy, config)

