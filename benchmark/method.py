@@ -1,9 +1,10 @@
 """What a method decides. A method file holds these decisions and nothing else.
 
-One training step asks, in order: `probe` (whether to sample before allocating), `allocate` (how many rollouts each
-prompt gets), `keep` (which groups train), `credit` (one advantage per rollout), `modulate` (one advantage per token),
-and reads `loss` (clip range, aggregation, regularisers) as data. Every decision has the GRPO default, so a method
-states only what it changes. Decisions are pure: they see immutable views and return arrays.
+One training step asks, in order: `probe` (whether to sample before allocating), `select` (which prompts are drawn),
+`allocate` (how many rollouts each prompt gets), `extend` (how many more, seeing the outcome), `keep` (which groups
+train) and `keep_rollouts` (which of their rollouts), `credit` (one advantage per rollout), `modulate` (one advantage
+per token), and reads `loss` (clip range, aggregation, regularisers) as data. Every decision has the GRPO default, so a
+method states only what it changes. Decisions are pure: they see immutable views and return arrays.
 """
 
 from __future__ import annotations
@@ -125,14 +126,44 @@ class Probe:
         rollouts: how many of every prompt of the draw, >= 1.
         charged: they count against the budget, as pre-sampling has to; ``False`` is an oracle, for controls: its
             rollouts are recorded in an account of their own, which the report names.
+        candidates: it comes before `select` and covers every candidate; otherwise only the prompts selected.
+        gradients: weights whose gradient norms fill ``history.probe_norm`` and ``probe_square``: the token
+            ``embedding`` (a tied head included), the output ``head`` alone, or ``all``. One more forward and backward
+            pass over the probe, charged.
+        trusted: prompts of the pool, the same in every step, whose gradient fills ``history.probe_alignment``; as
+            charged. Their groups and the probe's are credited by the method.
+        trusted_rollouts: rollouts of each of them, drawn anew with every probe.
     """
 
     rollouts: int
     charged: bool = True
+    candidates: bool = False
+    gradients: Literal["embedding", "head", "all"] | None = None
+    trusted: int = 0
+    trusted_rollouts: int = 8
 
     def __post_init__(self) -> None:
         if self.rollouts < 1:
             raise ValueError(f"a probe of {self.rollouts} rollouts: at least 1")
+        if self.trusted < 0 or (self.trusted and min(self.rollouts, self.trusted_rollouts) < 2):
+            raise ValueError("alignment with trusted prompts needs at least 2 rollouts of every prompt: it splits them")
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """A draw in rounds: `extend` says after each what every prompt gets next. All of them are charged.
+
+    Attributes:
+        most: rounds of a draw, the first included, >= 1.
+        first: mean rollouts a prompt of the first round, which `allocate` distributes; ``None`` is the protocol's.
+    """
+
+    most: int
+    first: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.most < 1 or (self.first is not None and self.first < 1):
+            raise ValueError(f"{self.most} rounds, the first of {self.first} rollouts: at least 1")
 
 
 @dataclass(frozen=True)
@@ -170,6 +201,32 @@ class Method:
         """Pre-sampling that `allocate` needs (``history.probe_successes`` of ``history.probe_trials``), or ``None``."""
         return None
 
+    @property
+    def features(self) -> bool:
+        """Whether ``history.features`` holds an embedding of every prompt; one pass over the pool, charged.
+
+        It is the mean over the prompt's tokens of the last hidden state of the policy before RL.
+        """
+        return False
+
+    @property
+    def candidates(self) -> int:
+        """Prompts of the shared order that `select` sees for every prompt that is wanted."""
+        return 1
+
+    @property
+    def rounds(self) -> Rounds:
+        """How often a draw may go on; one round is a draw that `extend` is not asked about."""
+        return Rounds(1)
+
+    def select(self, history: HistoryView, wanted: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+        """(C,) bool: which of C candidates, in the shared order, may be drawn.
+
+        The first `wanted` of them are; those before a surplus one, and all where there is none, are passed over until
+        the next epoch. Where fewer are chosen, the next candidates are looked at.
+        """
+        return np.ones(len(history), dtype=np.bool_)
+
     def allocate(self, history: HistoryView, budget: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """Rollouts n_i of every prompt of the batch, (P,) int64, summing to exactly `budget`.
 
@@ -180,9 +237,20 @@ class Method:
         n[: budget % prompts] += 1
         return n
 
+    def extend(self, groups: Groups, done: int) -> NDArray[np.int64]:
+        """(P,) int64: rollouts that every prompt gets next, after `done` rounds with the outcome `groups`.
+
+        Asked until `rounds` are done or nobody gets any. Where the budget cannot hold all, later prompts go without.
+        """
+        return np.zeros(groups.prompts, dtype=np.int64)
+
     def keep(self, groups: Groups) -> Tensor:
         """(P,) bool: the groups that train. Dropped groups stay charged."""
         return groups.size > 0
+
+    def keep_rollouts(self, groups: Groups) -> Tensor:
+        """(R,) bool: the rollouts that train, of groups that do; `credit` sees all. Dropped rollouts stay charged."""
+        return torch.ones_like(groups.prompt, dtype=torch.bool)
 
     def credit(self, groups: Groups) -> Tensor:
         """(R,) float32: one advantage per rollout."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmark import streams
 from benchmark.backend import Backend, Piece
 from benchmark.clock import Clock
-from benchmark.collect import Batch
 from benchmark.config import OptimiserConfig
+from benchmark.draws import Batch
 from benchmark.ledger import Ledger, Prices
 from benchmark.losses import policy_loss, token_weights
 from benchmark.method import Loss, Method, TokenCredit, Tokens
@@ -83,7 +83,7 @@ class Updater:
         Raises:
             NumericalError: a loss or gradient norm is NaN or infinite.
         """
-        advantage = self.method.credit(batch.groups)
+        advantage = self.method.credit(batch.groups)[batch.rows]
         if self.trace is not None:
             self.trace.begin(step, batch)
         metrics = Averages()

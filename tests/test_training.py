@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmark import registry
-from benchmark.collect import Batch, Collector
+from benchmark.collect import Collector
 from benchmark.config import RunConfig
+from benchmark.draws import Batch
 from benchmark.jsonl import read_rows
 from benchmark.ledger import CURRENCIES
 from benchmark.run import Interrupted, run_cell
