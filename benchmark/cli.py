@@ -200,7 +200,7 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's results.")],
     readme: Annotated[Path | None, typer.Option(help="Write the marked parts of this README too.")] = None,
 ) -> None:
-    """Rebuild REPORT.md, tables and figures of a study.
+    """Rebuild REPORT.md, index.html, tables and figures of a study.
 
     \b
     Examples:
@@ -211,7 +211,7 @@ def report(
     from analysis.report import write_report
 
     write_report(folder, readme)
-    typer.echo(f"done: {folder / 'REPORT.md'}")
+    typer.echo(f"done: {folder / 'REPORT.md'} and {folder / 'index.html'}")
 
 
 @app.command()
