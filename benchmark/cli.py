@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from benchmark.cli_author import check, complete_method, new_method
 from benchmark.cli_compare import compare
+from benchmark.cli_dashboard import dashboard
 from benchmark.cli_doctor import doctor
 from benchmark.cli_figures import figures
 from benchmark.cli_replay import replay
@@ -173,6 +174,7 @@ app.command()(check)
 app.command()(new_method)
 app.command()(doctor)
 app.command()(compare)
+app.command()(dashboard)
 
 
 @app.command()
