@@ -125,6 +125,13 @@ def variance(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def sweep(session: nox.Session) -> None:
+    """Tune every arm alike, report the best on fresh seeds; resumes; results/sweeps/modulation/REPORT.md."""
+    install(session)
+    session.run("rolloutbench", "sweep", "configs/sweeps/modulation.yaml", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
 def dashboard(session: nox.Session) -> None:
     """The MLflow interface on 127.0.0.1 (options behind `--`, for instance `--port 5001`)."""
     install_tool(session, "mlflow")
