@@ -142,6 +142,13 @@ def figures(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def sweep(session: nox.Session) -> None:
+    """Tune every arm alike, report the best on fresh seeds; resumes; results/sweeps/modulation/REPORT.md."""
+    install(session)
+    session.run("rolloutbench", "sweep", "configs/sweeps/modulation.yaml", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
 def dashboard(session: nox.Session) -> None:
     """MLflow and optuna-dashboard on 127.0.0.1, with a link for every study (options behind `--`)."""
     install_tool(session, "mlflow", "optuna-dashboard", "typer")

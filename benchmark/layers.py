@@ -48,6 +48,11 @@ class Layer:
         below = {key: at for key, at in base.origins.items() if key not in self.origins}
         return Layer(_merge(base.values, self.values), {**below, **self.origins})
 
+    def part(self, *sections: str) -> Layer:
+        """The top-level `sections` alone."""
+        values = {key: value for key, value in self.values.items() if key in sections}
+        return Layer(values, {key: at for key, at in self.origins.items() if key.partition(".")[0] in sections})
+
     def moved(self, source: str, target: str, values: Mapping[str, Any]) -> Layer:
         """`values`, written under `source` in this layer, as a layer of its own under `target`."""
         tree = dict(values)
