@@ -1,13 +1,14 @@
 """OBLR-PO: variance-optimal baseline and signal-to-noise learning rate (arXiv 2511.23310; from the abstract).
 
     A_ij = r_ij - b_i,    b_i = sum_j ||G_ij||^2 r_ij / sum_j ||G_ij||^2,    G_ij = grad log pi(y_ij)
-    eta = scale max(floor, |grad J|^2 / (|grad J|^2 + tr Cov(g)))
+    eta = scale |grad J|^2 / (|grad J|^2 + tr Cov(g)), within [low, high]
 
 The abstract says: a gradient-weighted baseline, a learning rate governed by the gradient's signal-to-noise ratio. The
 formulas are the standard ones behind those words: the baseline that minimises the variance of an unbiased estimator,
 and the step that minimises the bound of an L-smooth objective, SNR / (1 + SNR) / L. ||G||^2 is that of the output
-layer, exactly; |grad J|^2 and the sum come from the gradients of two half-batches, <g1, g2> and |(g1 + g2) / 2|^2.
-1 / L is unknown: the ratio multiplies the configured learning rate, under Adam, which already rescales.
+layer, exactly; |grad J|^2 and the sum come from the gradients of two half-batches, <g1, g2> and |(g1 + g2) / 2|^2,
+as running means over updates. 1 / L is unknown: eta multiplies the configured learning rate (under Adam, which already
+rescales), and the default scale makes it about 1 on average at the default scale, where the ratio is about 0.06.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class OBLRPO(GRPO):
 
     Attributes:
         baseline, schedule: switches of the two parts.
-        scale: factor of the schedule, 1 / L over the configured learning rate. floor: of the ratio, which is noisy.
+        scale: 1 / L over the configured learning rate. low, high: bounds of the factor.
     """
 
     family: ClassVar[str] = "baseline"
@@ -39,14 +40,15 @@ class OBLRPO(GRPO):
 
     baseline: bool = True
     schedule: bool = True
-    scale: float = 1.0
-    floor: float = 0.05
+    scale: float = 16.0
+    low: float = 0.1
+    high: float = 2.0
 
     @property
     def needs(self) -> frozenset[Need]:
         """The output layer for the baseline, half-batch gradients for the schedule."""
-        parts: list[Need] = [*(["head"] if self.baseline else []), *(["signal"] if self.schedule else [])]  # type: ignore[list-item]
-        return frozenset(parts)
+        both: dict[Need, bool] = {"head": self.baseline, "signal": self.schedule}
+        return frozenset(need for need, used in both.items() if used)
 
     def credit(self, groups: Groups) -> Tensor:
         """The reward; its baseline follows with the gradients, (R,)."""
@@ -65,6 +67,6 @@ class OBLRPO(GRPO):
         return TokenCredit(tokens.advantage - b[tokens.prompt])
 
     def learning_rate(self, signal: Signal) -> float:
-        """scale max(floor, SNR / (1 + SNR)), with SNR / (1 + SNR) = <g1, g2> / |g|^2."""
+        """scale SNR / (1 + SNR) within bounds; SNR / (1 + SNR) = <g1, g2> / |g|^2."""
         ratio = signal.product / signal.square if signal.square > 0 else 0.0
-        return self.scale * max(self.floor, ratio)
+        return min(max(self.scale * ratio, self.low), self.high)

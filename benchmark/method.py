@@ -26,6 +26,8 @@ Kind = Literal["baseline", "method", "control", "external"]
 Change = Literal["allocation", "selection", "advantage", "token", "loss", "baseline", "optimiser"]
 Need = Literal["head", "rollout_head", "signal"]
 """The output layer at every token; that of the policy that sampled (one more forward pass); half-batch gradients."""
+SIGNAL_DECAY = 0.95
+"""Of the running means of `Signal`: about the last twenty updates."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ class Signal:
 
     Attributes:
         product: <g1, g2>, unbiased for |E g|^2, so it may be negative. square: |g|^2, of mean |E g|^2 + tr Cov(g).
+        Both are exponential means over the updates so far, without the bias of their start; the newest counts
+        1 - `SIGNAL_DECAY`.
     """
 
     product: float

@@ -17,7 +17,7 @@ from benchmark.config import OptimiserConfig
 from benchmark.head import Head, Meter, adam_step
 from benchmark.ledger import Ledger, Prices
 from benchmark.losses import logit_losses, policy_loss, token_weights
-from benchmark.method import Loss, Method, Signal, TokenCredit, Tokens
+from benchmark.method import SIGNAL_DECAY, Loss, Method, Signal, TokenCredit, Tokens
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts, ragged_index
 from benchmark.scoring import TokenStatistics, vocabulary_statistics
@@ -85,6 +85,7 @@ class Updater:
     prices: Prices
     clock: Clock
     updates: int = 0
+    signal: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # running weight, product, square
     trace: Trace | None = None
 
     def update(self, step: int, batch: Batch) -> dict[str, float]:
@@ -285,12 +286,14 @@ class Updater:
         if half is None:
             return 1.0
         whole = self._gradient()
-        signal = Signal(4 * float(half @ (whole - half)), float(whole @ whole))
-        factor = self.method.learning_rate(signal)
+        now = (1.0, 4 * float(half @ (whole - half)), float(whole @ whole))
+        self.signal = [SIGNAL_DECAY * old + (1 - SIGNAL_DECAY) * new for old, new in zip(self.signal, now, strict=True)]
+        weight, product, square = self.signal
+        factor = self.method.learning_rate(Signal(product / weight, square / weight))
         if not 0 <= factor < float("inf"):
             raise MethodError(f"{type(self.method).__name__}.learning_rate returned {factor}; it must be finite, >= 0")
-        metrics.add("optim/signal_product", torch.tensor(signal.product))
-        metrics.add("optim/signal_square", torch.tensor(signal.square))
+        metrics.add("optim/signal_product", torch.tensor(now[1]))
+        metrics.add("optim/signal_square", torch.tensor(now[2]))
         return factor
 
     @property

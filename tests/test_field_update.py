@@ -310,8 +310,8 @@ def test_the_schedule_is_the_shrinkage_of_a_noisy_gradient() -> None:
     product, square = float((g1 * g2).sum(-1).mean()), float(((g1 + g2) / 2).square().sum(-1).mean())
     truth = float(mu @ mu) / (float(mu @ mu) + 25)
     assert OBLRPO(scale=2.0).learning_rate(Signal(product, square)) == pytest.approx(2 * truth, rel=0.02)
-    assert OBLRPO(floor=0.1).learning_rate(Signal(-1.0, 2.0)) == 0.1
-    assert OBLRPO(floor=0.1).learning_rate(Signal(0.0, 0.0)) == 0.1
+    assert OBLRPO(low=0.2).learning_rate(Signal(-1.0, 2.0)) == OBLRPO(low=0.2).learning_rate(Signal(0.0, 0.0)) == 0.2
+    assert OBLRPO(high=3.0).learning_rate(Signal(0.9, 1.0)) == 3.0
 
 
 # -- the update ------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def test_another_seed_is_another_run(train: Callable[..., Path]) -> None:
     assert (first / "ledger.jsonl").read_bytes() != (second / "ledger.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("arm", "steps"), [("dynamo", 1), ("dapo", 2)])
+@pytest.mark.parametrize(("arm", "steps"), [("dynamo", 1), ("dapo", 2), ("oblr_po", 1)])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     train: Callable[..., Path], policy: str, tmp_path: Path, arm: str, steps: int
 ) -> None:
