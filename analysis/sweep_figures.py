@@ -143,7 +143,7 @@ def contour(record: SweepRecord, label: str) -> Figure | None:
     (x, x_axis), (y, y_axis) = (_axis(record, label, key) for key in keys)
     if min(len(np.unique(x)), len(np.unique(y))) < 2:
         return None
-    figure = new_figure(2.9, 4.2)
+    figure = new_figure(2.9)
     axis = figure.subplots()
     # Triangles are drawn on the unit square, where no parameter outweighs the other.
     from matplotlib.tri import Triangulation

@@ -22,8 +22,8 @@ from analysis.gradient_variance import HISTORY_ROLLOUTS, trace_and_square
 from analysis.variance_pool import Bench
 from benchmark import registry, streams
 from benchmark.cells import read_json
-from benchmark.collect import Pool
 from benchmark.config import RunConfig
+from benchmark.draws import Pool
 from benchmark.errors import InputError
 from benchmark.groups import Groups, segment_sum
 from benchmark.history import HistoryView, PromptHistory

@@ -14,6 +14,7 @@ from benchmark.backend import Backend, Request
 from benchmark.clock import Clock
 from benchmark.config import RolloutConfig
 from benchmark.draws import Batch, Draw, Pool, successes_of
+from benchmark.errors import MethodError
 from benchmark.groups import Groups, segment_sum
 from benchmark.history import HistoryView, PromptHistory
 from benchmark.ledger import Admission, Budget, Ledger, Prices
@@ -23,10 +24,6 @@ from benchmark.probing import alignment, gradient_norms, halves
 from benchmark.rollouts import Rollouts, concatenate, merge
 from benchmark.verdict import Verdict, reward
 from benchmark.verifier import Verifier
-
-
-class MethodError(RuntimeError):
-    """A method returned something that its decision must not return."""
 
 
 @dataclass

@@ -3,8 +3,9 @@
 One training step asks, in order: `probe` (whether to sample before allocating), `select` (which prompts are drawn),
 `allocate` (how many rollouts each prompt gets), `extend` (how many more, seeing the outcome), `keep` (which groups
 train) and `keep_rollouts` (which of their rollouts), `credit` (one advantage per rollout), `modulate` (one advantage
-per token), and reads `loss` (clip range, aggregation, regularisers) as data. Every decision has the GRPO default, so a
-method states only what it changes. Decisions are pure: they see immutable views and return arrays.
+per token), reads `loss` (clip range, aggregation, regularisers) as data, and asks `learning_rate`. Every decision has
+the GRPO default, so a method states only what it changes. Decisions are pure: they see immutable views and return
+arrays. What has to be computed for a decision beyond the usual is named in `needs`, and charged.
 """
 
 from __future__ import annotations
@@ -18,11 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmark.groups import Groups
+from benchmark.head import Head
 from benchmark.history import HistoryView
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
 Kind = Literal["baseline", "method", "control", "external"]
 Change = Literal["allocation", "selection", "advantage", "token", "loss", "baseline", "optimiser"]
+Need = Literal["head", "rollout_head", "signal"]
+"""The output layer at every token; that of the policy that sampled (one more forward pass); half-batch gradients."""
+SIGNAL_DECAY = 0.95
+"""Of the running means of `Signal`: about the last twenty updates."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Loss:
 
     Attributes:
         surrogate: ``clipped_ratio`` is the above; ``log_likelihood`` is ``-A log pi``, for methods whose `modulate`
-            puts (detached) importance weights and trust regions into A.
+            puts (detached) importance weights and trust regions into A; ``logits`` is `Method.logit_loss`.
         clip_low, clip_high: the clip range; ``clip=False`` uses the plain ratio.
         dual_clip: cap of the ratio where A < 0, or ``None``.
         aggregation: ``token_mean`` over all tokens of an update batch (DAPO, verl), ``sequence_mean`` (mean over
@@ -46,7 +52,7 @@ class Loss:
         entropy_coefficient: c in ``L - c * mean entropy`` (same aggregation).
     """
 
-    surrogate: Literal["clipped_ratio", "log_likelihood"] = "clipped_ratio"
+    surrogate: Literal["clipped_ratio", "log_likelihood", "logits"] = "clipped_ratio"
     clip: bool = True
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -70,6 +76,8 @@ class Tokens:
         uniform: one uniform draw per token from a keyed stream, for methods that pick tokens at random.
         loss: the loss the update will use (its clip range decides which tokens are clipped).
         prompt: which prompt of the update batch the token's rollout belongs to; all the same one where not given.
+        head, rollout_head: the output layer of the current policy and of the one that sampled, for methods that name
+            them in `needs`.
     """
 
     advantage: Tensor
@@ -82,6 +90,8 @@ class Tokens:
     uniform: Tensor
     loss: Loss
     prompt: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    head: Head | None = None
+    rollout_head: Head | None = None
 
     def __post_init__(self) -> None:
         if len(self.prompt) != len(self.rollout):
@@ -114,6 +124,20 @@ class TokenCredit:
     advantage: Tensor
     mask: Tensor | None = None
     kl_coefficient: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Gradients g1, g2 of the two halves of an update's prompts, g = (g1 + g2) / 2, over all weights.
+
+    Attributes:
+        product: <g1, g2>, unbiased for |E g|^2, so it may be negative. square: |g|^2, of mean |E g|^2 + tr Cov(g).
+        Both are exponential means over the updates so far, without the bias of their start; the newest counts
+        1 - `SIGNAL_DECAY`.
+    """
+
+    product: float
+    square: float
 
 
 @dataclass(frozen=True)
@@ -227,6 +251,11 @@ class Method:
         """
         return np.ones(len(history), dtype=np.bool_)
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What `modulate`, `logit_loss` or `learning_rate` read beyond the usual; charged, and only then computed."""
+        return frozenset()
+
     def allocate(self, history: HistoryView, budget: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """Rollouts n_i of every prompt of the batch, (P,) int64, summing to exactly `budget`.
 
@@ -259,6 +288,19 @@ class Method:
     def modulate(self, tokens: Tokens) -> TokenCredit:
         """One advantage per token; the default repeats the rollout's."""
         return TokenCredit(tokens.advantage)
+
+    def logit_loss(self, logits: Tensor, rollout_logits: Tensor, token: Tensor, advantage: Tensor) -> Tensor:
+        """(t,) loss per token, differentiable in `logits`, under ``surrogate="logits"``; needs both heads.
+
+        Args:
+            logits, rollout_logits: (t, V) of the current policy and of the one that sampled, over the temperature.
+            token: (t,) sampled ids. advantage: (t,), of `modulate`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no loss on logits")
+
+    def learning_rate(self, signal: Signal) -> float:
+        """Factor >= 0 on the configured learning rate of this update; asked only where `needs` names the signal."""
+        return 1.0
 
     @property
     def modulates(self) -> bool:

@@ -201,6 +201,7 @@ class Run:
             self.prices,
             self.clock,
             updates=self.updates,
+            signal=self.signal,
             trace=self.trace,
         )
         self.engine = engine.load(self.method.engine)(self.collector, self.updater)
@@ -290,6 +291,7 @@ class Run:
             "place": self.collector.place,
             "points": self.points,
             "updates": self.updater.updates,
+            "signal": self.updater.signal,
             "elapsed": self.elapsed + time.time() - self.started,
             "seconds": self.seconds,
             "ledger": self.ledger.state(),
@@ -306,6 +308,7 @@ class Run:
         """Continue from the newest whole checkpoint, or (False) from nothing: records are cut back to what it knew."""
         found = checkpoint.latest(self.out / "checkpoint", self._fits)
         self.place = self.updates = 0
+        self.signal = [0.0, 0.0, 0.0]
         for name in RECORDS:
             restart(self.out / name, 0 if found is None else found[1]["records"].get(name, (0, ""))[0])
         if found is None:
@@ -316,6 +319,7 @@ class Run:
         self.step, self.place, self.points = state["step"], state["place"], state["points"]
         self.saved = (self.step, self.points)
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]
+        self.signal = state["signal"]
         self.trace.restore(state.get("trace", []))
         self.ledger = Ledger.restore(self.out / "ledger.jsonl", state["ledger"])
         return True
