@@ -67,8 +67,8 @@ def tuned_table(record: SweepRecord, scores: Scores) -> Table:
     columns += [Column("whole trials", "tuning"), Column("tokens", "tuning")]
     notes = [
         f"Percent {metric_name(metric)}, mean over families, on {seeds} that no trial has seen; ± half the 95 % "
-        "two-level interval. Differences in percentage points, paired by seed and problem, with 95 % intervals; Holm over the "
-        f"{counted(len(found), 'comparison')} of this table; bold: clear after it.",
+        "two-level interval. Differences in percentage points, paired by seed and problem, with 95 % intervals; Holm "
+        f"over the {counted(len(found), 'comparison')} of this table; bold: clear after it.",
         "Tuned: the setting with the best mean over the tuning seeds, fixed before the fresh seeds ran. An arm whose "
         "default was best is tuned to its default.",
         f"Every arm got {counted(record.config.trials, 'trial')}; tokens: generated in training, all trials.",
@@ -182,8 +182,8 @@ def tuning_table(record: SweepRecord) -> Table:
     columns += [Column("runs", "spend"), *(Column(currency_name(name), "spend") for name in SPENT)]
     notes = [
         f"Percent {metric_name(goal)}, mean over the tuning seeds ({', '.join(map(str, record.config.seeds))}).",
-        "Noise of a trial: standard error of a trial's mean over seeds, common seed effects removed. Where the sd of the "
-        "trials is not well above it, the search saw little but noise.",
+        "Noise of a trial: standard error of a trial's mean over seeds, common seed effects removed. Where the sd of "
+        "the trials is not well above it, the search saw little but noise.",
     ]
     return Table("tuning", "The search", columns, rows, pd.DataFrame(data, columns=names), notes)
 

@@ -254,7 +254,7 @@ def write_best(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> None:
         note = (
             f"{arm.label} as sweep {config.sweep} tuned it: trial {best['number']} of {config.trials}, mean {goal} "
             f"{mean(best['scores'], goal):.4f} over tuning seeds {', '.join(map(str, config.seeds))}\n"
-            f"at {run.budget.amount:,} {run.budget.currency} a run (by that figure it was chosen; fresh seeds: REPORT.md)"
+            f"at {run.budget.amount:,} {run.budget.currency} a run (which chose it; fresh seeds: REPORT.md)"
             f"\nrolloutbench run --config <this file> --seed 0 --out runs/tuned"
         )
         text = best_yaml(sweep, arm.label, best["point"] if best["number"] else None, note)
