@@ -6,11 +6,13 @@ other way round); a repeated key is an error instead of a silent overwrite.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,12 +106,16 @@ def read_yaml(path: Path) -> Layer:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(f"cannot be read: {reason}", file=path, remedy="Check the path") from None
-    layer = Layer({}, {})
-    values = _parse(text, path, layer.origins)
+    values, origins = _parse_once(text, path)
     if not isinstance(values, dict):
         raise InputError("not a mapping of keys to values", file=path, line=1, remedy="Write 'key: value' lines")
-    layer.values.update(values)
-    return layer
+    return Layer(copy.deepcopy(values), dict(origins))
+
+
+@lru_cache(maxsize=64)
+def _parse_once(text: str, path: Path) -> tuple[Any, dict[str, Origin]]:
+    origins: dict[str, Origin] = {}
+    return _parse(text, path, origins), origins
 
 
 def read_options(options: Iterable[str]) -> Layer:

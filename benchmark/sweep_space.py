@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Sweep:
         method = own.renamed("method", "params", apart=["name"]).over(method)
         fraction = config.finalists.budget_fraction if final else None
         overrides = self.written.moved("overrides", "", config.overrides)
-        amount = self._amount(label) * (fraction or config.budget_fraction)
+        amount = self._amount * (fraction or config.budget_fraction)
         overrides = Layer({"budget": {"amount": round(amount)}}).over(overrides)
         if not final:
             overrides = self.written.moved("evaluation", "evaluation", config.evaluation).over(overrides)
@@ -56,10 +57,12 @@ class Sweep:
         identity = {"study": study, "arm": name, "seed": seed}
         return compose_arm(identity, config.scale, config.task, shared.over(overrides), method)
 
-    def _amount(self, label: str) -> int:
-        config, arm = self.config, self.config.arm(label)
+    @cached_property
+    def _amount(self) -> int:
+        """The whole budget of a run."""
+        config, arm = self.config, self.config.arms[0]
         overrides = self.written.moved("overrides", "", config.overrides)
-        identity = {"study": config.sweep, "arm": label, "seed": 0}
+        identity = {"study": config.sweep, "arm": arm.label, "seed": 0}
         method = Layer({"method": {"name": arm.name, "params": arm.params}})
         return compose_arm(identity, config.scale, config.task, overrides, method).budget.amount
 
