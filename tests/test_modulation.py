@@ -37,7 +37,8 @@ def batch(lengths: list[int], seed: int = 0, words: int = 7) -> Tokens:
 
 def pick(tokens: Tokens, rows: Tensor) -> Tokens:
     """The rows of every (T,) tensor of `tokens`."""
-    return replace(tokens, **{f.name: getattr(tokens, f.name)[rows] for f in fields(Tokens) if f.name != "loss"})
+    columns = {f.name: getattr(tokens, f.name) for f in fields(Tokens)}
+    return replace(tokens, **{name: value[rows] for name, value in columns.items() if isinstance(value, Tensor)})
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 2**31 - 1))
