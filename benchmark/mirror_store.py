@@ -254,9 +254,12 @@ def _alone(database: Path | None) -> Iterator[None]:
     if database is None:
         yield
         return
-    with (database.parent / f"{database.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open(database.parent, os.O_RDONLY)  # a lock on the folder leaves no file behind
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(folder)
 
 
 def _file_name(name: str) -> str:
