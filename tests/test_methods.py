@@ -62,9 +62,10 @@ def close(found: Tensor, expected: list[float]) -> None:
 
 
 def test_every_registered_arm_has_an_example_somewhere() -> None:
-    # Controls have theirs in test_controls.py, TRL in test_trl.py, arms beyond the main table in test_field.py.
+    # Controls have theirs in test_controls.py, TRL in test_trl.py, arms beyond the main table in test_field*.py.
     arms = {name for name in registry.names() if registry.load(name).kind not in ("control", "external")}
-    field = Path(__file__).with_name("test_field.py").read_text(encoding="utf-8")
+    files = ("test_field.py", "test_field_sampling.py")
+    field = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in files)
     assert {name for name in arms if name not in CREDIT and f'"{name}": ' not in field} == set()
     assert set(CREDIT) <= arms
 

@@ -24,6 +24,8 @@ from benchmark.verdict import Verdict
 from benchmark.warmup import warm_up
 
 DETERMINISTIC = ("ledger.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl", "traces.jsonl")
+FILTERING = ("dapo", "greso", "reinforce_ada", "gvm_raft")
+PROBING = ("cures", "grad_align", "gvm", "gvm_raft")
 MIX = [{"family": "chain_sum", "num_terms": [2, 2], "num_digits": [1, 1]}]
 
 
@@ -108,7 +110,10 @@ def test_another_seed_is_another_run(train: Callable[..., Path]) -> None:
     assert (first / "ledger.jsonl").read_bytes() != (second / "ledger.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("arm", "steps"), [("dynamo", 1), ("dapo", 2), ("oblr_po", 1)])
+@pytest.mark.parametrize(
+    ("arm", "steps"),
+    [("dynamo", 1), ("dapo", 2), ("oblr_po", 1), ("vip", 1), ("grad_align", 1), ("greso", 2), ("reinforce_ada", 1)],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     train: Callable[..., Path], policy: str, tmp_path: Path, arm: str, steps: int
 ) -> None:
@@ -155,10 +160,11 @@ def test_every_arm_spends_exactly_its_budget_and_accounts_for_all_of_it(
     assert result["spent"]["tokens_backpropagated"] == trained
     apart = result["evaluation_tokens"] + result["oracle"]["tokens_generated"]
     assert sum(row["tokens_generated"] for row in ledger) == amount + apart or currency == "rollouts"
-    if arm == "dapo":
+    if arm in FILTERING:
         assert result["drawn"]["filtered"] > 0
     else:
         assert result["drawn"]["filtered"] == result["drawn"]["overflow"] == 0
+    assert (result["drawn"]["probed"] > 0) == (arm in PROBING)
     points = rows(out, "evaluation.jsonl")
     assert points[0]["step"] == 0
     assert points[-1]["final"]
