@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -130,3 +131,9 @@ def render(tokenizer: Any, template: TemplateConfig, problem: str) -> str:
         messages.insert(0, {"role": "system", "content": template.system})
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return text + template.prefix
+
+
+def complete(template: TemplateConfig, generated: str) -> str:
+    """The answer as the verifier reads it: the template's first words, the generated ones, and a box if it asks."""
+    found = re.search(template.answer, generated) if template.answer else None
+    return template.prefix + generated + (f" \\boxed{{{found[0]}}}" if found else "")
