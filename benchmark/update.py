@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,14 +12,16 @@ from torch import Tensor
 from benchmark import streams
 from benchmark.backend import Backend, Piece
 from benchmark.clock import Clock
-from benchmark.collect import Batch
 from benchmark.config import OptimiserConfig
+from benchmark.draws import Batch
+from benchmark.errors import MethodError
+from benchmark.head import Head, Meter, adam_step
 from benchmark.ledger import Ledger, Prices
-from benchmark.losses import policy_loss, token_weights
-from benchmark.method import Loss, Method, TokenCredit, Tokens
+from benchmark.losses import logit_losses, policy_loss, token_weights
+from benchmark.method import SIGNAL_DECAY, Loss, Method, Signal, TokenCredit, Tokens
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts, ragged_index
-from benchmark.scoring import TokenStatistics
+from benchmark.scoring import TokenStatistics, vocabulary_statistics
 from benchmark.trace import Trace
 
 
@@ -61,6 +64,14 @@ def make_optimiser(policy: Policy, config: OptimiserConfig) -> torch.optim.AdamW
     )
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A forward pass: statistics of every token, and the output layer behind them where the method asks for it."""
+
+    statistics: TokenStatistics
+    head: Head | None = None
+
+
 @dataclass
 class Updater:
     """Turns a batch into ``epochs x minibatches_per_batch`` optimiser updates."""
@@ -75,6 +86,7 @@ class Updater:
     prices: Prices
     clock: Clock
     updates: int = 0
+    signal: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # running weight, product, square
     trace: Trace | None = None
 
     def update(self, step: int, batch: Batch) -> dict[str, float]:
@@ -83,7 +95,7 @@ class Updater:
         Raises:
             NumericalError: a loss or gradient norm is NaN or infinite.
         """
-        advantage = self.method.credit(batch.groups)
+        advantage = self.method.credit(batch.groups)[batch.rows]
         if self.trace is not None:
             self.trace.begin(step, batch)
         metrics = Averages()
@@ -91,6 +103,7 @@ class Updater:
         rollouts, correction = batch.rollouts, None
         if not self.backend.exact:
             rollouts, correction = self._rescore(step, rollouts, metrics)
+        sampler = self._sampler(step, rollouts) if "rollout_head" in self.method.needs else None
         for epoch in range(self.config.epochs):
             order = streams.generator(self.seed, "minibatch", step, epoch).permutation(batch.rollouts.prompts)
             for prompts in torch.from_numpy(order).to(advantage.device).tensor_split(self.config.minibatches_per_batch):
@@ -98,8 +111,10 @@ class Updater:
                 if len(part) == 0:
                     continue
                 rows = rollouts.rows_of(prompts)
-                weight = None if correction is None else correction[ragged_index(rows, rollouts.length)]
-                self._minibatch(step, prompts, part, advantage[rows], weight, batch.groups.max_tokens, metrics)
+                flat = ragged_index(rows, rollouts.length)
+                weight = None if correction is None else correction[flat]
+                before = None if sampler is None else sampler[flat]
+                self._minibatch(step, prompts, part, advantage[rows], weight, before, batch.groups.max_tokens, metrics)
                 trained += len(part.tokens)
         prompt_tokens = int(batch.rollouts.prompt_length.sum()) * self.config.epochs
         both = self.prices.forward(trained + prompt_tokens) + self.prices.backward(trained + prompt_tokens)
@@ -123,6 +138,14 @@ class Updater:
         metrics.add("policy/importance_truncated_fraction", (gap.exp() > cap).float().mean(), count)
         return rescored, gap.exp().clamp(max=cap)
 
+    def _sampler(self, step: int, rollouts: Rollouts) -> Head:
+        """The output layer of the policy that sampled, at every token of the batch; one more forward pass."""
+        parts = self._score_ahead(step, rollouts, self.backend.split(rollouts))
+        heads = [part.head for part in parts if part.head is not None]
+        hidden = torch.cat([head.hidden for head in heads])
+        # The updates of this batch change the head in place.
+        return replace(heads[0], hidden=hidden, weight=heads[0].weight.detach().clone(), token=rollouts.tokens)
+
     def _minibatch(
         self,
         step: int,
@@ -130,59 +153,105 @@ class Updater:
         part: Rollouts,
         advantage: Tensor,
         correction: Tensor | None,
+        sampler: Head | None,
         max_tokens: int,
         metrics: Averages,
     ) -> None:
-        pieces = self.backend.split(part)
+        pieces, middle = self._pieces(part)
         rollout = torch.repeat_interleave(torch.arange(len(part), device=part.tokens.device), part.length)
         advantage = advantage[rollout]
         credit = TokenCredit(advantage)
-        # A minibatch of one piece is scored once, for the method's eyes and for its gradient.
-        ready = [self._score(part)] if len(pieces) == 1 else []
+        # A minibatch that fits in one pass is scored once, for the method's eyes and for its gradient.
+        fits = len(pieces) == 1 or len(self.backend.split(part)) == 1
+        ready = [self._score(rows) for rows, _, _ in pieces] if fits else []
         if self.method.modulates:
-            seen = _join(ready or self._score_ahead(step, part, pieces))
-            credit = self.method.modulate(self._tokens(step, part, advantage, rollout, seen))
+            tokens = self._tokens(
+                step, part, advantage, rollout, ready or self._score_ahead(step, part, pieces), sampler
+            )
+            credit = self.method.modulate(tokens)
+            if tokens.head is not None and tokens.head.meter.flops:
+                self.ledger.charge(step, "head", flops=tokens.head.meter.flops)
         weights = token_weights(part, self.method.loss, max_tokens, credit.mask)
         if correction is not None:
             weights = weights * correction
         self.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=part.tokens.device)
-        scored: list[TokenStatistics] = []
+        scored: list[Scored] = []
+        half: Tensor | None = None
         for rows, begin, end in pieces:
-            piece = ready.pop() if ready else self._score(rows)
+            piece = ready.pop(0) if ready else self._score(rows)
             here = slice(begin, end)
-            local = TokenCredit(
-                credit.advantage[here],
-                kl_coefficient=None if credit.kl_coefficient is None else credit.kl_coefficient[here],
-            )
-            with self.clock.phase("forward"):
-                loss = policy_loss(
-                    piece.log_prob, piece.entropy, part.log_prob[here], weights[here], local, self.method.loss
-                )
+            loss = self._loss(piece, part, here, weights, credit, sampler)
             with self.clock.phase("backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-            scored.append(_join([piece]))
-        self._step(step, total, metrics)
+            scored.append(Scored(_join([piece])))
+            half = self._gradient() if end == middle else half
+        self._step(step, total, self._factor(half, metrics), metrics)
         whole = _join(scored)
         _observe(whole, part.log_prob, advantage, credit, self.method.loss, metrics)
         if self.trace is not None:
             self.trace.observe(prompts, part, whole, advantage, credit)
 
-    def _score(self, rows: Rollouts) -> TokenStatistics:
-        with self.clock.phase("forward"):
-            return self.backend.score(rows, self.temperature)
+    def _pieces(self, part: Rollouts) -> tuple[list[Piece], int]:
+        """The passes of a minibatch, and the token at which its second half begins where a method needs both apart."""
+        half = part.prompts // 2
+        middle = int(part.length[part.prompt < half].sum())
+        if "signal" not in self.method.needs or middle in (0, len(part.tokens)):
+            return self.backend.split(part), -1
+        number = torch.arange(part.prompts, device=part.tokens.device)
+        low, high = part.select_prompts(number[:half]), part.select_prompts(number[half:])
+        later = [(rows, middle + begin, middle + end) for rows, begin, end in self.backend.split(high)]
+        return [*self.backend.split(low), *later], middle
 
-    def _score_ahead(self, step: int, part: Rollouts, pieces: list[Piece]) -> list[TokenStatistics]:
-        """Statistics of a minibatch too large for one pass, before its gradients: methods see all of it at once."""
+    def _loss(
+        self,
+        piece: Scored,
+        part: Rollouts,
+        here: slice,
+        weights: Tensor,
+        credit: TokenCredit,
+        sampler: Head | None,
+    ) -> Tensor:
+        """The loss of the tokens `here` of a minibatch, with its graph."""
+        seen, loss = piece.statistics, self.method.loss
+        kl = None if credit.kl_coefficient is None else credit.kl_coefficient[here]
+        local = TokenCredit(credit.advantage[here], kl_coefficient=kl)
+        with self.clock.phase("forward"):
+            per_token = None
+            if loss.surrogate == "logits":
+                if piece.head is None or sampler is None:
+                    raise MethodError(f"{type(self.method).__name__}: a loss on logits `needs` head and rollout_head")
+                per_token = logit_losses(self.method.logit_loss, piece.head, sampler[here], local.advantage)
+            return policy_loss(seen.log_prob, seen.entropy, part.log_prob[here], weights[here], local, loss, per_token)
+
+    def _score(self, rows: Rollouts) -> Scored:
+        with self.clock.phase("forward"):
+            if not self.method.needs & {"head", "rollout_head"}:
+                return Scored(self.backend.score(rows, self.temperature))
+            hidden, weight = self.backend.states(rows)
+            statistics = vocabulary_statistics(hidden, weight, rows.tokens, temperature=self.temperature)
+            return Scored(statistics, Head(hidden, weight, rows.tokens, self.temperature))
+
+    def _score_ahead(self, step: int, part: Rollouts, pieces: list[Piece]) -> list[Scored]:
+        """Statistics of rollouts before any gradient: methods see all of an update batch at once."""
         with torch.no_grad():
             parts = [self._score(rows) for rows, _, _ in pieces]
         read = len(part.tokens) + int(part.prompt_length.sum())
         self.ledger.charge(step, "score", tokens_scored=len(part.tokens), flops=self.prices.forward(read))
         return parts
 
-    def _tokens(self, step: int, part: Rollouts, advantage: Tensor, rollout: Tensor, seen: TokenStatistics) -> Tokens:
+    def _tokens(
+        self,
+        step: int,
+        part: Rollouts,
+        advantage: Tensor,
+        rollout: Tensor,
+        scored: Sequence[Scored],
+        sampler: Head | None,
+    ) -> Tokens:
         draws = streams.generator(self.seed, "token", step, self.updates).random(len(part.tokens))
+        seen, meter = _join(scored), Meter()
         return Tokens(
             advantage,
             seen.log_prob,
@@ -194,13 +263,50 @@ class Updater:
             torch.from_numpy(draws).to(advantage),
             self.method.loss,
             part.prompt[rollout],
+            self._head(scored, part, meter),
+            None if sampler is None else replace(sampler, meter=meter),
         )
 
-    def _step(self, step: int, loss: Tensor, metrics: Averages) -> None:
+    def _head(self, scored: Sequence[Scored], part: Rollouts, meter: Meter) -> Head | None:
+        """The output layer at every token of the minibatch, detached, with the step that the optimiser would take."""
+        heads = [piece.head for piece in scored if piece.head is not None]
+        if not heads:
+            return None
+        hidden = torch.cat([head.hidden.detach() for head in heads])
+        parameter = self.backend.policy.model.get_output_embeddings().weight
+        step = partial(adam_step, self.optimiser, parameter, self._rate)
+        return replace(heads[0].detach(), hidden=hidden, token=part.tokens, step=step, meter=meter)
+
+    def _gradient(self) -> Tensor:
+        """The gradient so far, all weights as one vector (D,)."""
+        grads = [parameter.grad for parameter in self.backend.policy.parameters().values()]
+        return torch.cat([grad.flatten() for grad in grads if grad is not None])
+
+    def _factor(self, half: Tensor | None, metrics: Averages) -> float:
+        """What the method makes of the learning rate; `half` is the gradient of the first half's prompts (D,)."""
+        if half is None:
+            return 1.0
+        whole = self._gradient()
+        now = (1.0, 4 * float(half @ (whole - half)), float(whole @ whole))
+        self.signal = [SIGNAL_DECAY * old + (1 - SIGNAL_DECAY) * new for old, new in zip(self.signal, now, strict=True)]
+        weight, product, square = self.signal
+        factor = self.method.learning_rate(Signal(product / weight, square / weight))
+        if not 0 <= factor < float("inf"):
+            raise MethodError(f"{type(self.method).__name__}.learning_rate returned {factor}; it must be finite, >= 0")
+        metrics.add("optim/signal_product", torch.tensor(now[1]))
+        metrics.add("optim/signal_square", torch.tensor(now[2]))
+        return factor
+
+    @property
+    def _rate(self) -> float:
+        """The configured learning rate of the next update."""
+        return self.config.learning_rate * min(1.0, (self.updates + 1) / max(1, self.config.warmup_steps))
+
+    def _step(self, step: int, loss: Tensor, factor: float, metrics: Averages) -> None:
         with self.clock.phase("optimiser"):
-            warm = min(1.0, (self.updates + 1) / max(1, self.config.warmup_steps))
+            rate = self._rate * factor
             for group in self.optimiser.param_groups:
-                group["lr"] = self.config.learning_rate * warm
+                group["lr"] = rate
             norm = torch.nn.utils.clip_grad_norm_(self.backend.policy.parameters().values(), self.config.gradient_clip)
             if not bool(torch.isfinite(norm + loss)):
                 raise NumericalError(
@@ -211,12 +317,12 @@ class Updater:
         self.updates += 1
         metrics.add("optim/loss", loss)
         metrics.add("optim/gradient_norm", norm)
-        metrics.add("optim/learning_rate", torch.tensor(self.config.learning_rate * warm))
+        metrics.add("optim/learning_rate", torch.tensor(rate))
 
 
-def _join(parts: Sequence[TokenStatistics]) -> TokenStatistics:
+def _join(parts: Sequence[Scored]) -> TokenStatistics:
     """The statistics of consecutive pieces as one, detached."""
-    columns = ([getattr(part, field.name).detach() for part in parts] for field in fields(TokenStatistics))
+    columns = ([getattr(part.statistics, field.name).detach() for part in parts] for field in fields(TokenStatistics))
     return TokenStatistics(*map(torch.cat, columns))
 
 

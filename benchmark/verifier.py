@@ -2,7 +2,8 @@ r"""Verification of answers: exact for integers, math-verify in killable process
 
 The answer of a response is the content of its last ``\boxed{...}``; a response with several boxes has given only
 the last. No box, an empty one or one that is never closed is `Verdict.NO_ANSWER`; an answer outside a box is not
-looked for.
+looked for. An answer that offers alternatives in words ("3 or 4") where the gold does not is wrong. docs/verifier.md
+states the rules in full.
 
 math-verify guards itself with SIGALRM, which fails outside the main thread and cannot stop native code. Here its
 timeouts are off and every comparison runs in a child process under a wall-clock limit that the parent enforces: a
@@ -30,6 +31,7 @@ REMEMBERED = 200_000  # distinct (gold, answer) pairs
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_ALTERNATIVES = re.compile(r"\\(?:lor|vee)(?![a-zA-Z])|(?<![a-zA-Z])(?:or|either|otherwise|maybe)(?![a-zA-Z])", re.I)
 _INTEGER = re.compile(r"\s*([+-]?)([0-9]+)\s*")
 
 
@@ -117,7 +119,8 @@ class Verifier:
         given = integer(answer)
         if gold_integer is not None and (given is not None or self.answer_form == "integer"):
             return Verdict.CORRECT if given == gold_integer else Verdict.WRONG
-        return Verdict.WRONG if len(answer) > LONGEST else None
+        hedged = _ALTERNATIVES.search(answer[: LONGEST + 1]) and not _ALTERNATIVES.search(gold)
+        return Verdict.WRONG if len(answer) > LONGEST or hedged else None
 
     def _judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """Verdicts by math-verify; equal pairs are asked once, in this call and in later ones."""

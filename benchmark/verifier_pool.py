@@ -36,11 +36,14 @@ class WorkerPool:
     def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         """Verdicts for (gold, answer) pairs, in order, one pair at a time in each child.
 
+        A pair whose child dies is asked once more, in a new one: it may have died of what it had been asked before.
+
         Raises:
             InputError: a child cannot be started.
         """
         verdicts: list[Verdict] = [Verdict.ERROR] * len(pairs)
         waiting = deque(range(len(pairs)))
+        again: set[int] = set()
         busy: dict[_Worker, int] = {}
         try:
             while waiting or busy:
@@ -52,9 +55,13 @@ class WorkerPool:
                 for worker in self._wait():
                     reply = worker.receive()
                     if worker in busy and reply is not None:
-                        verdicts[busy.pop(worker)] = reply
+                        pair = busy.pop(worker)
+                        verdicts[pair] = reply
                         if worker.dead:
                             self._drop(worker)
+                        if worker.died and pair not in again:
+                            again.add(pair)
+                            waiting.appendleft(pair)
         except BaseException:  # an interrupted call must not leave answers for the next one
             self.close()
             raise
@@ -88,7 +95,7 @@ class _Worker:
 
     def __init__(self, timeout_s: float, memory_mb: int) -> None:
         self.timeout_s = timeout_s
-        self.ready = self.dead = False
+        self.ready = self.dead = self.died = False  # dead: not to be asked again; died: by itself
         # -P keeps this folder off the child's import path; its own session keeps a Ctrl-C from reaching it.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_SCRIPT), str(memory_mb), str(2 * timeout_s + 5)],
@@ -133,10 +140,11 @@ class _Worker:
             self._check_start()
             return None
         if chunk:
-            reply, self._heard = self._heard, b""
-            return _verdict(json.loads(reply))
-        self.dead = True
-        return Verdict.TIMEOUT if chunk is None else Verdict.ERROR
+            reply, self._heard = json.loads(self._heard), b""
+            self.dead = reply == "memory"
+            return _verdict(reply)
+        self.dead, self.died = True, chunk is not None
+        return Verdict.ERROR if self.died else Verdict.TIMEOUT
 
     def _read(self) -> bytes | None:
         """What the child has said; empty if it is gone, None if its time is up and it has said nothing."""

@@ -1,7 +1,8 @@
 """Runs a small study in forked children that are killed at chosen moments, and compares what restarts make of it.
 
 A process of its own (``python tests/crash_driver.py POLICY OUT KILLS SEED FIGURES``), so that what it forks has
-all modules and no threads. Clocks are replaced by counters, so that every file has to come out equal, timings included.
+all modules and no threads. Clocks are replaced by counters and the load of the machine is not read,
+so that every file has to come out equal, timings included.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def stop_clocks() -> None:
     clock.time = SimpleNamespace(process_time=lambda: float(next(ticks)))  # type: ignore[assignment]
     run.time = SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 0.0)  # type: ignore[assignment]
     run.machine = SimpleNamespace(usage=lambda _: {})  # type: ignore[assignment]
+    run.machine.usage = lambda *_: {}
     run.CHECKPOINT_SECONDS = 0.0
 
 

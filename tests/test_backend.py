@@ -18,9 +18,9 @@ from benchmark.backend import Backend, NativeBackend, Request, by_prompts, by_ro
 from benchmark.backend_transformers import TransformersBackend
 from benchmark.backend_vllm import merged
 from benchmark.clock import Clock
-from benchmark.collect import Batch
 from benchmark.config import OptimiserConfig
 from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig, VLLMConfig
+from benchmark.draws import Batch
 from benchmark.errors import InputError
 from benchmark.groups import Groups
 from benchmark.ledger import Ledger, Prices

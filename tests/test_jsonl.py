@@ -111,7 +111,7 @@ def test_a_failed_replacement_keeps_the_old_file_and_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(StorageError, match=r"No space left on device. Free some space"):
+    with pytest.raises(StorageError, match=r"No space left on device\. Free some space"):
         atomic_write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -13,9 +13,9 @@ from torch import Tensor
 from baselines.grpo import GRPO
 from benchmark.backend import NativeBackend
 from benchmark.clock import Clock
-from benchmark.collect import Batch
 from benchmark.config import ArchitectureConfig, OptimiserConfig
 from benchmark.config_model import BackendConfig
+from benchmark.draws import Batch
 from benchmark.groups import Groups
 from benchmark.jsonl import read_rows
 from benchmark.ledger import Ledger, Prices
