@@ -148,7 +148,7 @@ class Run:
         policy = Policy.load(start, device, backend=config.backend, template=written.template, lora=written.lora)
         self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
         self.backend = backend.make(policy, config.backend, start)
-        train, held_out = load_task(config.task)
+        train, held_out = load_task(config.task, out / "contamination.jsonl")
         self.verifier = Verifier(answer_form=config.task.answer_form)
         pool = Pool.of(train, policy, config.seed, device)
         rollout, evaluation = config.rollout, config.evaluation
