@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmark.groups import Groups
 from benchmark.head import Head
 from benchmark.history import HistoryView, PromptHistory
-from benchmark.method import Change, Kind, Loss, Method, Probe, TokenCredit, Tokens
+from benchmark.method import Change, Kind, Loss, Method, Probe, Rounds, TokenCredit, Tokens
 
 SEEDS = range(6)
 ROUNDING = 1e-5
@@ -54,7 +54,9 @@ def decision_checks() -> list[Check]:
     return [
         ("declaration", "a frozen dataclass whose defaults work; known labels; survives pickling", declaration),
         ("allocate", "(P,) int64 counts >= 0 that sum to the budget, on any history", allocation),
-        ("keep", "(P,) bool; a group without rollouts never trains", selection),
+        ("select", "(C,) bool over candidates that have what was asked for", selection),
+        ("extend", "(P,) int64 counts >= 0 for the next round, on any outcome", extension),
+        ("keep", "(P,) bool; a group without rollouts never trains; (R,) bool for its rollouts", keeping),
         ("credit", "one finite number per rollout, for groups of any size and outcome", advantages),
         ("modulate", "one finite advantage per token, for any signs and ratios", modulation),
         ("pure", "same question, same answer: no memory, no global randomness, arguments untouched", purity),
@@ -96,13 +98,23 @@ def histories(seed: int) -> Iterator[tuple[HistoryView, int]]:
 
 
 def asked_history(method: Method, view: HistoryView, seed: int) -> HistoryView:
-    """`view` with the outcome of the probe that the method asks for, if any; read-only."""
+    """`view` with what the method asks to be told, a probe's outcome and embeddings, if any; read-only."""
+    rng, whole = np.random.default_rng(seed), view.whole
+    if method.features:
+        features = rng.normal(size=(len(view), 3))
+        view = replace(view, features=features, whole=whole and replace(whole, features=features))
     if method.probe is not None:
         trials = np.full(len(view), method.probe.rollouts, dtype=np.int64)
-        correct = np.random.default_rng(seed).binomial(trials, 0.4).astype(np.int64)
+        correct = rng.binomial(trials, 0.4).astype(np.int64)
         view = replace(view, probe_successes=correct, probe_trials=trials)
-    for column in fields(view):
-        getattr(view, column.name).setflags(write=False)
+        if method.probe.gradients:
+            norm = rng.gamma(4.0, size=(len(view), 2)) * np.stack([correct < trials, correct > 0], axis=1)
+            view = replace(view, probe_norm=norm, probe_square=1.1 * norm**2)
+        if method.probe.trusted:
+            view = replace(view, probe_alignment=rng.uniform(-1, 1, (len(view), 3)))
+    for part in (view, view.everyone):
+        for values in (*part.columns().values(), part.batches):
+            values.setflags(write=False)
     return view
 
 
@@ -189,13 +201,36 @@ def allocation(method: Method) -> None:
 
 
 def selection(method: Method) -> None:
-    """A mask over prompts without the empty groups."""
+    """A mask over candidates; it may be empty, since further candidates are then looked at."""
+    for seed in SEEDS:
+        for view, _ in histories(seed):
+            mask = _select(method, asked_history(method, view, seed), seed)
+            _require(isinstance(mask, np.ndarray) and mask.dtype == np.bool_, "not an array of booleans")
+            _require(mask.shape == (len(view),), f"shape {mask.shape} for {len(view)} candidates")
+
+
+def extension(method: Method) -> None:
+    """Every count of a further round is legal."""
+    _require(isinstance(method.rounds, Rounds), "rounds is not a benchmark.method.Rounds")
+    for seed in SEEDS:
+        for batch in groups(seed):
+            for done in range(1, method.rounds.most):
+                n = method.extend(batch, done)
+                _require(isinstance(n, np.ndarray) and n.dtype == np.int64, "not an int64 array")
+                _require(n.shape == (batch.prompts,), f"shape {n.shape} for {batch.prompts} prompts")
+                _require(n.min() >= 0, f"a count of {n.min()}")
+
+
+def keeping(method: Method) -> None:
+    """A mask over prompts without the empty groups, and one over rollouts."""
     for seed in SEEDS:
         for batch in groups(seed):
             kept = method.keep(batch)
             _require(kept.dtype == torch.bool, f"dtype {kept.dtype}")
             _require(kept.shape == (batch.prompts,), f"shape {tuple(kept.shape)} for {batch.prompts} prompts")
             _require(not bool((kept & (batch.size == 0)).any()), "a group without rollouts was kept")
+            rows = method.keep_rollouts(batch)
+            _require(rows.dtype == torch.bool and rows.shape == batch.prompt.shape, "keep_rollouts is not (R,) bool")
 
 
 def advantages(method: Method) -> None:
@@ -268,7 +303,11 @@ def labels(method: Method) -> None:
         for view, budget in histories(seed):
             n = _allocate(method, asked_history(method, view, seed), budget, seed)
             seen["allocation"] |= bool((n != _allocate(uniform, view, budget, seed)).any())
-        seen["selection"] |= any(bool((method.keep(b) != (b.size > 0)).any()) for b in groups(seed))
+            seen["selection"] |= not _select(method, asked_history(method, view, seed), seed).all()
+        for batch in groups(seed):
+            seen["allocation"] |= method.rounds.most > 1 and bool(method.extend(batch, 1).any())
+            dropped = (method.keep(batch) != (batch.size > 0)).any() or not method.keep_rollouts(batch).all()
+            seen["selection"] |= bool(dropped)
         for tokens in update_batches(method, seed):
             credit = method.modulate(tokens)
             changed = credit.mask is not None or credit.kl_coefficient is not None
@@ -282,9 +321,12 @@ def _questions(method: Method) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
     for seed in SEEDS:
         for view, budget in histories(seed):
             seen = asked_history(method, view, seed)
+            yield "select", seen, partial(_select, method, seen, seed)
             yield "allocate", seen, partial(_allocate, method, seen, budget, seed)
         for batch in groups(seed):
+            yield "extend", batch, partial(method.extend, batch, 1)
             yield "keep", batch, partial(method.keep, batch)
+            yield "keep_rollouts", batch, partial(method.keep_rollouts, batch)
             yield "credit", batch, partial(method.credit, batch)
         for tokens in update_batches(method, seed):
             yield "modulate", tokens, partial(method.modulate, tokens)
@@ -292,6 +334,10 @@ def _questions(method: Method) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
 
 def _allocate(method: Method, view: HistoryView, budget: int, seed: int) -> NDArray[np.int64]:
     return method.allocate(view, budget, np.random.default_rng(seed))
+
+
+def _select(method: Method, view: HistoryView, seed: int) -> NDArray[np.bool_]:
+    return method.select(view, max(1, len(view) // method.candidates), np.random.default_rng(seed))
 
 
 def _same(one: Any, two: Any) -> bool:

@@ -83,7 +83,7 @@ def test_the_example_installs_and_passes_its_check(tmp_path: Path) -> None:
     rows = {row["name"]: row for row in json.loads(shell.rolloutbench("methods", "--json"))}
     assert rows["sign_advantage"]["kind"] == "external"
     assert rows["sign_advantage"]["changes"] == ["advantage"]
-    assert "8 of 8 checks hold" in shell.rolloutbench("check", "sign_advantage", "--no-train")
+    assert "10 of 10 checks hold" in shell.rolloutbench("check", "sign_advantage", "--no-train")
 
 
 def test_a_new_method_installs_and_passes_its_own_test(tmp_path: Path) -> None:

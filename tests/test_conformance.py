@@ -73,7 +73,7 @@ def test_check_prints_a_table_and_exits_with_what_it_found(monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "120")
     good = CliRunner().invoke(app, ["check", "grpo", "--no-train"])
     assert good.exit_code == 0
-    assert "grpo: 8 of 8 checks hold" in good.stdout
+    assert "grpo: 10 of 10 checks hold" in good.stdout
     bad = CliRunner().invoke(app, ["check", "broken_methods:NaNs", "--no-train"])
     assert bad.exit_code == 1
     assert "BROKEN" in bad.stdout
