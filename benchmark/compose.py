@@ -15,10 +15,12 @@ import benchmark
 from benchmark.config import RunConfig, StudyConfig
 from benchmark.errors import InputError
 from benchmark.layers import Layer, did_you_mean, read_options, read_yaml, validate
+from benchmark.pricing import PricingConfig
 
 SHARED = ("policy", "task", "rollout", "optimiser", "backend", "budget", "evaluation")
 KINDS = {"studies": "study", "scales": "scale", "tasks": "task", "sweeps": "sweep"}
 OF_STUDY = ("seeds", "gradient_variance_replicates")  # what a scale may set of the study itself
+PRICING = "pricing"  # what a scale's dry run assumes; no part of a run
 IDENTITY = {"study": "the study's file", "arm": "the command", "seed": "--seed", "scale": "--scale"}
 
 
@@ -151,8 +153,8 @@ def compose_arm(
         if key in asked.origins:
             raise asked.error(key, "not an option", f"Give it with {place}")
     sized = read_yaml(find("scales", scale))
-    _only(sized, (*SHARED, *OF_STUDY), "a scale file")
-    for key in OF_STUDY:
+    _only(sized, (*SHARED, *OF_STUDY, PRICING), "a scale file")
+    for key in (*OF_STUDY, PRICING):
         sized.values.pop(key, None)
     wanted = asked.over(overrides).over(sized)
     section = wanted.values.get("task")
@@ -165,13 +167,29 @@ def compose_arm(
     if method.is_file():
         vetted = read_yaml(method)
         _only(vetted, ("method",), "a method file")
-    tree = Layer({**identity, "scale": Path(scale).stem, "task": {"name": Path(named).stem}})
+    tree = Layer({**identity, "scale": _stem(scale), "task": {"name": _stem(named)}})
     for layer in (sized, problems, overrides, vetted, arm, asked):
         # ``method.alpha`` is short for ``method.params.alpha``.
         tree = layer.renamed("method", "params", apart=["name"]).over(tree)
     config = validate(RunConfig, tree)
     _check_method(config, tree)
     return config
+
+
+def scale_pricing(scale: str) -> PricingConfig | None:
+    """What the dry run of a scale assumes; None where it measures on this machine.
+
+    Raises:
+        InputError: a key, type or range is wrong.
+    """
+    written = read_yaml(find("scales", scale))
+    section = written.values.get(PRICING)
+    return None if section is None else validate(PricingConfig, written.moved(PRICING, "", section))
+
+
+def _stem(name: str) -> str:
+    """`name` without folders and ``.yaml``; a dot inside it stays."""
+    return Path(name).stem if name.endswith((".yaml", ".yml")) else Path(name).name
 
 
 def _only(layer: Layer, allowed: Iterable[str], who: str) -> None:

@@ -125,11 +125,25 @@ class MixComponent(Model):
         return self
 
 
+class HubConfig(Model):
+    """A data set of the Hugging Face hub in the place of a file that is not here, and the columns that are read."""
+
+    id: str
+    config: str | None = None
+    split: str = "train"
+    problem: str = "problem"
+    answer: str = "answer"
+
+
 class TaskConfig(Model):
     """The problems: generated from `mix`, or read from JSONL (`train_file`, `eval_files` by family).
 
     `train_items` is the size of the training pool (items, mixed by weight); every family is evaluated on
     `eval_items_per_family` items that no training item repeats. Sizes do not apply to files.
+
+    Files are looked for here, then in the folder ``ROLLOUTBENCH_DATA``, then on the `hub`, by the file's name. With
+    `overlap` training problems are cleaned (`benchmark.contamination`): those go that share at least this part of an
+    evaluation problem's 8-grams.
     """
 
     name: Name
@@ -140,6 +154,8 @@ class TaskConfig(Model):
     answer_form: Literal["any", "integer"] = "integer"
     train_file: str | None = None
     eval_files: dict[Name, str] = Field(default_factory=dict)
+    hub: dict[str, HubConfig] = Field(default_factory=dict)
+    overlap: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @property
     def families(self) -> tuple[str, ...]:

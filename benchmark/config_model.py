@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from benchmark.schema import Count, Model, Positive, fault
+
+
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return text
 
 
 class TemplateConfig(Model):
@@ -17,12 +26,15 @@ class TemplateConfig(Model):
         chat: apply the tokenizer's chat template to `system` and `user`.
         system: system message of the chat; the template's own by default.
         prefix: first words of the answer, given to the policy and put back before verification.
+        answer: regular expression of the answer in generated text, for models that do not box: its first match is
+            boxed before verification.
     """
 
     user: Annotated[str, Field(pattern=r"\{problem\}")] = "{problem}"
     chat: bool = False
     system: str | None = None
     prefix: str = ""
+    answer: Annotated[str, AfterValidator(_expression)] | None = None
 
 
 class LoRAConfig(Model):

@@ -226,6 +226,8 @@ def _scales() -> Iterator[Finding]:
     """Whether what a scale starts from is there: a shipped, cached or local policy, and its data."""
     from benchmark.compose import compose_run, config_folder
     from benchmark.errors import InputError
+    from benchmark.pretrained import missing_package, source_file
+    from benchmark.sources import DATA, local_file
     from benchmark.warmup import SHIPPED, cache_folder, policy_identity
 
     for file in sorted((config_folder() / "scales").glob("*.yaml")):
@@ -237,12 +239,14 @@ def _scales() -> Iterator[Finding]:
             continue
         task, path = config.task, config.policy.path
         data = [task.train_file, *task.eval_files.values()] if task.train_file else []
-        absent = [str(part) for part in data if not Path(part).exists()]
+        absent = [part for part in data if not local_file(part).exists()]
         if absent:
-            yield Finding(name, "note", f"no {', '.join(absent)}", "Put the files there, or change the task's paths")
+            remedy = f"Put the files there, or set {DATA} to their folder"
+            yield Finding(name, "note", f"no {', '.join(absent)}", remedy)
         elif path is not None:
-            there = Path(path).is_dir() or _cached(path)
-            remedy = "" if there else f"hf download {path}, on a machine with a network; copy its cache"
+            there = source_file(path).exists() or _cached(path)
+            get = f"hf download {path}, on a machine with a network; copy its cache"
+            remedy = "" if there else missing_package(path) or get
             yield Finding(name, "ok" if there else "note", f"{path} is {'' if there else 'not '}here", remedy)
         elif any(
             (folder / policy_identity(config) / "provenance.json").exists() for folder in (SHIPPED, cache_folder())

@@ -40,8 +40,10 @@ class Estimate:
     source: str
 
 
-def estimate(cells: Sequence[Cell], probe: Callable[[RunConfig], Prices] | None = None) -> Estimate:
-    """Price `cells`: an arm by its own finished cells, else by all finished ones, else by `probe`."""
+def estimate(
+    cells: Sequence[Cell], probe: Callable[[RunConfig], Prices] | None = None, how: str = "measured now"
+) -> Estimate:
+    """Price `cells`: an arm by its own finished cells, else by all finished ones, else by `probe`; `how` it does so."""
     by_arm: dict[str, list[Prices]] = defaultdict(list)
     missing = []
     for cell in cells:
@@ -54,7 +56,7 @@ def estimate(cells: Sequence[Cell], probe: Callable[[RunConfig], Prices] | None 
     if known:
         source = f"unit prices measured in {len(known)} finished cells"
     elif probe is not None and cells:
-        known, source = [probe(cells[0].config)], f"unit prices measured now with {cells[0].config.arm}"
+        known, source = [probe(cells[0].config)], f"unit prices {how} with {cells[0].config.arm}"
     else:
         source = "no unit prices yet: run one cell to know the rest"
 

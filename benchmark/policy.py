@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig
 from benchmark.errors import StorageError, storing
 from benchmark.jsonl import PARTIAL, sync_folder
-from benchmark.pretrained import load_model, render
+from benchmark.pretrained import complete, load_model, render
 from benchmark.transformer import Shape, Weights, fuse
 
 
@@ -130,11 +130,11 @@ class Policy:
         return ids
 
     def decode(self, tokens: list[list[int]]) -> list[str]:
-        """Text of each answer: the template's first words and the generated ones, special tokens dropped."""
+        """Each answer as the verifier reads it, special tokens dropped."""
         texts: list[str] = self.tokenizer.batch_decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return [self.template.prefix + text for text in texts]
+        return [complete(self.template, text) for text in texts]
 
     def pieces(self, tokens: list[int]) -> list[str]:
         """Text of each token by itself, special tokens by name."""

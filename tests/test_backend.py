@@ -230,8 +230,12 @@ def test_templates_put_the_problem_and_give_the_answer_its_first_words() -> None
     chat = Policy(None, tokenizer, template)
     assert chat.render("1+2") == "(s)s;(u)Solve 1+2?;:\\boxed{"
     assert chat.decode(tokenizer(["3}"])["input_ids"]) == ["\\boxed{3}"]
-    with pytest.raises(ValidationError):
-        TemplateConfig(user="no problem here")
+    unboxed = Policy(None, tokenizer, TemplateConfig(prefix="= ", answer="-?[0-9]+"))
+    ids = [tokenizer([text])["input_ids"][0] for text in ("-3, 4", ";;")]
+    assert unboxed.decode(ids) == ["= -3, 4 \\boxed{-3}", "= ;;"]
+    for wrong in ({"user": "no problem here"}, {"answer": "("}):
+        with pytest.raises(ValidationError):
+            TemplateConfig(**wrong)
 
 
 def test_a_head_that_is_more_than_a_matrix_is_refused() -> None:

@@ -1,0 +1,113 @@
+"""Checks of a pretrained run before its first step: what would end it hours later ends it in the first minute."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmark.backend import Backend
+from benchmark.checkpoint import KEPT
+from benchmark.config import RolloutConfig
+from benchmark.draws import Pool
+from benchmark.errors import InputError, RunError, StorageError
+from benchmark.rollouts import Rollouts
+from benchmark.verdict import Verdict
+from benchmark.verifier import Verifier, bare
+
+KNOWN = {"integer": ("42", "42"), "any": (r"\frac{1}{2}", "0.5")}
+
+
+def preflight(
+    backend: Backend, optimiser: torch.optim.Optimizer, pools: list[Pool], rollout: RolloutConfig, folder: Path
+) -> None:
+    """Context, disk and memory: prompts fit the model, checkpoints fit the disk, the longest pass fits the memory.
+
+    Nothing that a run computes changes.
+
+    Args:
+        pools: every prompt that the run may read.
+
+    Raises:
+        InputError: a prompt and its answer are longer than the model's context.
+        StorageError: the disk has no room for the checkpoints.
+        RunError: the longest pass does not fit the memory of the device.
+    """
+    longest = max((tokens for pool in pools for tokens in pool.tokens), key=len)
+    _check_context(backend, len(longest), rollout.max_tokens)
+    _check_disk(backend, folder)
+    _check_memory(backend, optimiser, longest, rollout)
+
+
+def check_verifier(verifier: Verifier, pool: Pool) -> None:
+    """A known pair and the first gold answer come back correct.
+
+    Raises:
+        RunError: they do not.
+    """
+    gold = pool.items[0].answer
+    known, given = KNOWN[verifier.answer_form]
+    verdicts = verifier.verify([(known, f"\\boxed{{{given}}}"), (gold, f"\\boxed{{{bare(gold)}}}")])
+    if set(verdicts) != {Verdict.CORRECT}:
+        raise RunError(f"the verifier calls right answers {', '.join(verdicts)}: see that math-verify is installed")
+
+
+def _check_context(backend: Backend, prompt: int, answer: int) -> None:
+    limits = [getattr(backend.policy.model.config, "max_position_embeddings", None)]
+    if backend.config.name == "vllm":
+        limits.append(backend.config.vllm.max_model_len)
+    limit = min((number for number in limits if number), default=None)
+    if limit is not None and prompt + answer > limit:
+        what = f"the longest prompt has {prompt} tokens; with the answer they exceed the context of {limit}"
+        raise InputError(what, key="rollout.max_tokens", value=answer, remedy=f"Lower it to {limit - prompt} or less")
+
+
+def _check_disk(backend: Backend, folder: Path) -> None:
+    trained = sum(value.numel() * value.element_size() for value in backend.policy.parameters().values())
+    policy = sum(value.numel() * value.element_size() for value in backend.policy.model.parameters())
+    # Checkpoints hold weights and two moments; one more is written before the oldest goes.
+    needed = 3 * trained * (KEPT + 1) + policy
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if free + held < needed:
+        what = f"{free / 1e9:.1f} GB free, checkpoints and policy need {(needed - held) / 1e9:.1f}"
+        raise StorageError(folder, what, "Free some space, or choose another folder")
+
+
+def _check_memory(backend: Backend, optimiser: torch.optim.Optimizer, prompt: Tensor, rollout: RolloutConfig) -> None:
+    config = backend.config
+    batch = _longest(prompt, rollout, config.tokens_per_pass)
+    parameters = list(backend.policy.parameters().values())
+    backend.rest()
+    try:
+        # What AdamW keeps comes with its first step, and has to fit beside the activations.
+        moments = [torch.empty_like(value) for value in parameters if not optimiser.state.get(value) for _ in range(2)]
+        piece = max(backend.split(batch), key=lambda piece: len(piece[0].tokens) + len(piece[0].prompt_tokens))[0]
+        seen = backend.score(piece, rollout.temperature)
+        (seen.log_prob.mean() + seen.entropy.mean()).backward()  # type: ignore[no-untyped-call]
+        del moments
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"a training pass of {config.tokens_per_pass} tokens does not fit the memory: lower "
+            "backend.tokens_per_pass, or set backend.gradient_checkpointing"
+        ) from error
+    finally:
+        optimiser.zero_grad(set_to_none=True)
+
+
+def _longest(prompt: Tensor, rollout: RolloutConfig, tokens_per_pass: int) -> Rollouts:
+    """Groups of the longest prompt with answers of the most tokens, enough of them for a full pass."""
+    group, limit, device = rollout.rollouts_per_prompt, rollout.max_tokens, prompt.device
+    prompts = 1 + tokens_per_pass // (len(prompt) + group * limit)
+    rows = prompts * group
+    return Rollouts(
+        prompt.repeat(prompts),
+        torch.full((prompts,), len(prompt), device=device),
+        torch.arange(prompts, device=device).repeat_interleave(group),
+        prompt[:1].repeat(rows * limit),
+        torch.full((rows,), limit, device=device),
+        torch.zeros(rows * limit, device=device),
+        torch.zeros(rows, dtype=torch.bool, device=device),
+    )

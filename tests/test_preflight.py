@@ -1,0 +1,103 @@
+"""What is checked before the first step of a pretrained run: context, disk, the longest pass, the verifier."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmark import preflight as checks
+from benchmark.compose import compose_run
+from benchmark.config import RunConfig
+from benchmark.errors import InputError, RunError, StorageError
+from benchmark.jsonl import read_rows
+from benchmark.preflight import check_verifier, preflight
+from benchmark.rollouts import Rollouts
+from benchmark.run import Run, run_cell
+from benchmark.verdict import Verdict
+from benchmark.verifier import Verifier
+from benchmark.warmup import ensure_policy
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def settings(*more: str) -> RunConfig:
+    path = ensure_policy(compose_run("grpo", scale="smoke"))
+    return compose_run("grpo", scale="smoke", options=[f"policy.path={path}", *more])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    made = Run(settings("backend.tokens_per_pass=1000"), tmp_path, lambda _: None)
+    with made.verifier:
+        yield made
+    made.close()
+
+
+def check(run: Run) -> None:
+    pools = [run.collector.pool, run.evaluator.pool]
+    preflight(run.backend, run.optimiser, pools, run.config.rollout, run.out)
+
+
+def test_the_longest_pass_is_tried_and_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Rollouts] = []
+    score = run.backend.score
+
+    def watch(batch: Rollouts, temperature: float) -> Any:
+        seen.append(batch)
+        return score(batch, temperature)
+
+    monkeypatch.setattr(run.backend, "score", watch)
+    before = {name: value.detach().clone() for name, value in run.policy.parameters().items()}
+    check(run)
+    (batch,) = seen
+    rollout = run.config.rollout
+    longest = max(len(tokens) for pool in (run.collector.pool, run.evaluator.pool) for tokens in pool.tokens)
+    assert set(batch.prompt_length.tolist()) == {longest}
+    assert set(batch.length.tolist()) == {rollout.max_tokens}
+    group = longest + rollout.rollouts_per_prompt * rollout.max_tokens
+    tokens = len(batch.tokens) + len(batch.prompt_tokens)
+    assert tokens <= 1000 < tokens + group
+    assert all(torch.equal(before[name], value) for name, value in run.policy.parameters().items())
+    assert all(value.grad is None for value in run.policy.parameters().values())
+    assert not run.optimiser.state
+
+
+def test_a_pass_that_does_not_fit_names_what_to_lower(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(run.backend, "score", full)
+    with pytest.raises(RunError, match=r"1000 tokens does not fit the memory: lower backend\.tokens_per_pass"):
+        check(run)
+
+
+def test_prompts_that_do_not_fit_the_context_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = run.config.rollout.max_tokens + 3
+    monkeypatch.setattr(run.policy.model.config, "max_position_embeddings", limit)
+    with pytest.raises(InputError, match=rf"exceed the context of {limit}\. Lower it to"):
+        check(run)
+
+
+def test_a_full_disk_ends_a_run_before_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 1000))
+    with pytest.raises(StorageError, match="checkpoints and policy need"):
+        run_cell(settings(), tmp_path)
+    assert read_rows(tmp_path / "metrics.jsonl")[0] == []
+
+
+@pytest.mark.parametrize("form", ["any", "integer"])
+def test_a_verifier_that_works_passes(run: Run, form: Any) -> None:
+    with Verifier(timeout_s=30, answer_form=form) as verifier:
+        check_verifier(verifier, run.collector.pool)
+
+
+def test_a_verifier_that_does_not_answer_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Verifier(answer_form="any") as verifier:
+        monkeypatch.setattr(verifier._pool, "compare", lambda pairs: [Verdict.TIMEOUT] * len(pairs))
+        with pytest.raises(RunError, match="the verifier calls right answers timeout, correct"):
+            check_verifier(verifier, run.collector.pool)
