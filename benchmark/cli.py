@@ -19,6 +19,7 @@ from benchmark.cli_compare import compare
 from benchmark.cli_doctor import doctor
 from benchmark.cli_figures import figures
 from benchmark.cli_replay import replay
+from benchmark.cli_replay_batch import replay_batch
 from benchmark.cli_variance import variance
 from benchmark.errors import REMEDIES, InputError, RunError, storage_error
 
@@ -167,6 +168,7 @@ def methods(
 
 
 app.command()(replay)
+app.command()(replay_batch)
 app.command()(variance)
 app.command()(figures)
 app.command()(check)

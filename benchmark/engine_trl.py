@@ -23,8 +23,9 @@ import torch
 from benchmark import streams
 from benchmark.collect import Batch, Collector, Draw
 from benchmark.errors import InputError
+from benchmark.numerics import NumericalError
 from benchmark.rollouts import Rollouts
-from benchmark.update import NumericalError, Updater
+from benchmark.update import Updater
 from benchmark.verdict import reward
 
 METRICS = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmark import backend, checkpoint, engine, machine, registry
+from benchmark import backend, bundle, checkpoint, engine, machine, registry
 from benchmark.clock import Clock
 from benchmark.collect import Collector, Pool
 from benchmark.config import RunConfig
@@ -31,6 +31,7 @@ from benchmark.jsonl import (
     restart,
 )
 from benchmark.ledger import UNCHARGED_PHASES, Budget, Ledger, Prices
+from benchmark.numerics import NumericalError
 from benchmark.policy import Policy, prepare_machine
 from benchmark.problems import load_task
 from benchmark.step_metrics import allocation_row, rollout_metrics
@@ -87,6 +88,9 @@ def run_cell(
             run.execute(should_stop)
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+        if isinstance(error, NumericalError):
+            where = bundle.save(run, error)
+            error.args = (f"{error}. Lower optimiser.learning_rate, or see `rolloutbench replay-batch {where}`",)
         # What cannot be written any more must not hide why; a deleted folder does not come back.
         with contextlib.suppress(RunError):
             if (out / "config.yaml").exists():

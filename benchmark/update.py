@@ -16,14 +16,11 @@ from benchmark.config import OptimiserConfig
 from benchmark.ledger import Ledger, Prices
 from benchmark.losses import policy_loss, token_weights
 from benchmark.method import Loss, Method, TokenCredit, Tokens
+from benchmark.numerics import FailedBatch, NumericalError, check_tokens
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts, ragged_index
 from benchmark.scoring import TokenStatistics
 from benchmark.trace import Trace
-
-
-class NumericalError(FloatingPointError):
-    """A loss or gradient is not finite; the run stops instead of training on it."""
 
 
 @dataclass
@@ -81,7 +78,8 @@ class Updater:
         """Train on `batch`; returns metrics of the step.
 
         Raises:
-            NumericalError: a loss or gradient norm is NaN or infinite.
+            NumericalError: a loss, gradient norm, log-probability, ratio, entropy or advantage is not finite or out of
+                range; it holds the minibatch, and the weights are those from before it.
         """
         advantage = self.method.credit(batch.groups)
         if self.trace is not None:
@@ -99,12 +97,41 @@ class Updater:
                     continue
                 rows = rollouts.rows_of(prompts)
                 weight = None if correction is None else correction[ragged_index(rows, rollouts.length)]
-                self._minibatch(step, prompts, part, advantage[rows], weight, batch.groups.max_tokens, metrics)
+                self._guarded(step, prompts, part, advantage[rows], weight, batch.groups.max_tokens, metrics)
                 trained += len(part.tokens)
         prompt_tokens = int(batch.rollouts.prompt_length.sum()) * self.config.epochs
         both = self.prices.forward(trained + prompt_tokens) + self.prices.backward(trained + prompt_tokens)
         self.ledger.charge(step, "backprop", tokens_backpropagated=trained, flops=both)
         return metrics.read()
+
+    def again(self, batch: FailedBatch) -> dict[str, float]:
+        """The update of one saved minibatch; its metrics.
+
+        Raises:
+            NumericalError: it fails again.
+        """
+        assert batch.advantage is not None
+        metrics, prompts = Averages(), torch.arange(batch.rollouts.prompts, device=batch.advantage.device)
+        given = (batch.rollouts, batch.advantage, batch.correction, batch.max_tokens)
+        self._guarded(batch.step, prompts, *given, metrics)
+        return metrics.read()
+
+    def _guarded(
+        self,
+        step: int,
+        prompts: Tensor,
+        part: Rollouts,
+        advantage: Tensor,
+        correction: Tensor | None,
+        max_tokens: int,
+        metrics: Averages,
+    ) -> None:
+        try:
+            self._minibatch(step, prompts, part, advantage, correction, max_tokens, metrics)
+        except NumericalError as error:
+            where = f"step {step}, update {self.updates} of {type(self.method).__name__}"
+            batch = FailedBatch(part, advantage, correction, step, self.updates, max_tokens)
+            raise NumericalError(f"{where}: {error}", batch) from None
 
     def _rescore(self, step: int, rollouts: Rollouts, metrics: Averages) -> tuple[Rollouts, Tensor | None]:
         """`rollouts` with the trainer's log-probabilities, and the weight that corrects each token for the sampler's.
@@ -141,6 +168,7 @@ class Updater:
         ready = [self._score(part)] if len(pieces) == 1 else []
         if self.method.modulates:
             seen = _join(ready or self._score_ahead(step, part, pieces))
+            check_tokens(seen, part.log_prob, advantage, self.backend.policy.vocabulary)
             credit = self.method.modulate(self._tokens(step, part, advantage, rollout, seen))
         weights = token_weights(part, self.method.loss, max_tokens, credit.mask)
         if correction is not None:
@@ -163,8 +191,9 @@ class Updater:
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             scored.append(_join([piece]))
-        self._step(step, total, metrics)
         whole = _join(scored)
+        check_tokens(whole, part.log_prob, credit.advantage, self.backend.policy.vocabulary)
+        self._step(total, metrics)
         _observe(whole, part.log_prob, advantage, credit, self.method.loss, metrics)
         if self.trace is not None:
             self.trace.observe(prompts, part, whole, advantage, credit)
@@ -196,17 +225,14 @@ class Updater:
             part.prompt[rollout],
         )
 
-    def _step(self, step: int, loss: Tensor, metrics: Averages) -> None:
+    def _step(self, loss: Tensor, metrics: Averages) -> None:
         with self.clock.phase("optimiser"):
             warm = min(1.0, (self.updates + 1) / max(1, self.config.warmup_steps))
             for group in self.optimiser.param_groups:
                 group["lr"] = self.config.learning_rate * warm
             norm = torch.nn.utils.clip_grad_norm_(self.backend.policy.parameters().values(), self.config.gradient_clip)
             if not bool(torch.isfinite(norm + loss)):
-                raise NumericalError(
-                    f"step {step}, update {self.updates} of {type(self.method).__name__}: loss {float(loss)}, "
-                    f"gradient norm {float(norm)}. Lower optimiser.learning_rate or look at the log-probabilities"
-                )
+                raise NumericalError(f"loss {float(loss)}, gradient norm {float(norm)}")
             self.optimiser.step()
         self.updates += 1
         metrics.add("optim/loss", loss)
