@@ -83,8 +83,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def tests_slow(session: nox.Session) -> None:
-    """The tests that take minutes; those of the HTML report need Chromium, those of LaTeX tables pdflatex."""
-    install(session, "dev,browser")
+    """The tests that take minutes: servers, a PostgreSQL of their own, Chromium and pdflatex where they are."""
+    install(session, "dev,postgres,pgserver,browser,dashboard")
     pytest(session, "-m", "slow")
 
 
@@ -105,7 +105,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def docs(session: nox.Session) -> None:
-    """The documentation site, every link checked, without a network; build/site/index.html."""
+    """The documentation site, every link checked, without a network: build/site/index.html.
+
+    Its search needs a server: `python -m http.server --bind 127.0.0.1 -d build/site`.
+    """
     install_tool(session, "mkdocs-material", "mkdocstrings[python]")
     session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
@@ -139,10 +142,14 @@ def figures(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def sweep(session: nox.Session) -> None:
+    """Tune every arm alike, report the best on fresh seeds; resumes; results/sweeps/modulation/REPORT.md."""
+    install(session)
+    session.run("rolloutbench", "sweep", "configs/sweeps/modulation.yaml", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
 def dashboard(session: nox.Session) -> None:
-    """The MLflow interface on 127.0.0.1 (options behind `--`, for instance `--port 5001`)."""
-    install_tool(session, "mlflow")
-    options = ("--host", "127.0.0.1", "--workers", "1", "--backend-store-uri", "sqlite:///mlflow.db")
-    # Without its job runners the server starts 2 processes instead of 15.
-    lean = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    session.run("mlflow", "ui", *options, *session.posargs, env=ENVIRONMENT | lean)
+    """MLflow and optuna-dashboard on 127.0.0.1, with a link for every study (options behind `--`)."""
+    install_tool(session, "mlflow", "optuna-dashboard", "typer")
+    session.run("python", "-m", "benchmark.cli_dashboard", *session.posargs, env=ENVIRONMENT)

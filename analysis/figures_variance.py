@@ -43,7 +43,8 @@ def variance_ratio(frame: pd.DataFrame, checkpoint: str) -> Figure:
     kinds, budgets = list(mine["advantage"].unique()), sorted(mine["budget"].unique())
     figure = new_figure(1.62 * len(kinds) + 0.5)
     grid = figure.subplots(len(kinds), len(budgets), sharex="row", sharey=True, squeeze=False)
-    shown = [name for name in NAMES if name != "uniform"]
+    present = set(mine["allocator"])
+    shown = [name for name in NAMES if name != "uniform" and name in present]
     for r, kind in enumerate(kinds):
         for c, budget in enumerate(budgets):
             axis: Axes = grid[r][c]

@@ -30,8 +30,8 @@ from analysis.variance_pool import Bench
 from baselines.dr_grpo import DrGRPO
 from baselines.grpo import GRPO
 from benchmark import streams
-from benchmark.collect import Pool
 from benchmark.config import RunConfig
+from benchmark.draws import Pool
 from benchmark.groups import Groups, segment_sum
 from benchmark.history import HistoryView, PromptHistory
 from benchmark.jsonl import atomic_write_json

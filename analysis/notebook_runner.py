@@ -52,7 +52,9 @@ def execute(name: str, folder: Path, out: Path, parameters: Mapping[str, Any]) -
     out.mkdir(parents=True, exist_ok=True)
     given = {**parameters, "results": str(folder), "out": str(out)}
     copy = out / f"{name}.ipynb"
-    with _private_home():
+    with _private_home() as home:
+        # Sockets in a folder of this user's own: no open ports, and no other notebook's sockets.
+        transport = Config({"ConnectionFileMixin": {"transport": "ipc", "ip": str(home / "socket")}})
         try:
             papermill.execute_notebook(
                 NOTEBOOKS / f"{name}.ipynb",
@@ -60,8 +62,9 @@ def execute(name: str, folder: Path, out: Path, parameters: Mapping[str, Any]) -
                 given,
                 progress_bar=False,
                 kernel_name="python3",
+                start_timeout=600,  # seconds; a busy machine takes its time to import
                 cwd=str(Path.cwd()),
-                config=Config({"ConnectionFileMixin": {"transport": "ipc"}}),  # sockets of this user, no open ports
+                config=transport,
             )
         except PapermillExecutionError as error:
             what = f"a cell failed ({error.ename}: {error.evalue})"
@@ -87,7 +90,7 @@ def execute_all(results: Path, out: Path, parameters: Mapping[str, Any]) -> Iter
 
 
 @contextlib.contextmanager
-def _private_home() -> Iterator[None]:
+def _private_home() -> Iterator[Path]:
     """Folders of Jupyter and IPython for this execution only: a home may be absent or read-only."""
     names = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
     before = {name: os.environ.get(name) for name in names}
@@ -95,7 +98,7 @@ def _private_home() -> Iterator[None]:
         # Short, because the path of a socket may have about a hundred characters.
         os.environ |= {name: str(Path(folder, str(number))) for number, name in enumerate(names)}
         try:
-            yield
+            yield Path(folder)
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})

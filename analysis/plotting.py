@@ -195,7 +195,7 @@ def label_below(figure: Figure, text: str) -> None:
 def arm_title(axis: Axes, arm: str, colour: str) -> None:
     """The name of an arm above its panel, small enough not to reach into the next one."""
     grid = axis.get_subplotspec()
-    room = 72 * 0.86 * _width.get() / (grid.get_gridspec().ncols if grid is not None else 1)
+    room = 72 * (0.68 if narrow() else 0.86) * _width.get() / (grid.get_gridspec().ncols if grid is not None else 1)
     axis.set_title(arm, color=colour, fontweight="bold", loc="left", pad=3, fontsize=min(8.5, room / (0.72 * len(arm))))
 
 

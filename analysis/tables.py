@@ -12,6 +12,10 @@ import pandas as pd
 from benchmark.jsonl import atomic_write_text
 
 TIED = "†"
+ONE_COLUMN, TWO_COLUMNS = 62, 150
+"""Characters that one column, and the whole width, of a paper with two columns can hold in small print."""
+SENTENCE = 46
+"""Longer texts run over several lines."""
 _LATEX = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -91,44 +95,63 @@ class Table:
         return self.data.to_csv(index=False, float_format="%.7g", lineterminator="\n")
 
     def latex(self) -> str:
-        """A table environment for a document that loads booktabs and graphicx."""
-        body = [_latex_row([_latex(cell) for cell in row]) for row in self.rows]
-        notes = [rf"\par\smallskip\footnotesize {latex_text(' '.join(self.notes))}"] if self.notes else []
+        """A float for a document that loads booktabs and graphicx, readable in a paper with two columns.
+
+        What is too wide for one column spans both; what is too wide for both is broken into parts below each other,
+        between groups of columns where there are groups.
+        """
+        parts = self._parts()
+        float_ = "table" if all(self._letters(part) <= ONE_COLUMN for part in parts) else "table*"
+        notes = [rf"\par\smallskip\raggedright {latex_text(' '.join(self.notes))}\par"] if self.notes else []
+        tabulars = [line for part in parts for line in (r"\par\medskip", *self._tabular(part))]
         lines = [
             "% needs \\usepackage{booktabs,graphicx}",
-            r"\begin{table}",
+            rf"\begin{{{float_}}}",
             r"\centering",
             rf"\caption{{{latex_text(self.title)}}}",
             rf"\label{{tab:{self.name.replace('_', '-')}}}",
-            # Wider than the text: scaled down; narrower: left as it is.
-            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{{''.join('l' if c.left else 'r' for c in self.columns)}}}",
-            r"\toprule",
-            *self._latex_groups(),
-            _latex_row([latex_text(column.title) for column in self.columns]),
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}}",
+            r"\footnotesize",
+            *tabulars[1:],
             *notes,
-            r"\end{table}",
+            rf"\end{{{float_}}}",
         ]
         return "\n".join(lines) + "\n"
 
-    def _latex_groups(self) -> list[str]:
-        """The row of shared headings and the rules below them."""
-        if not any(column.group for column in self.columns):
-            return []
-        cells, rules, start = [], [], 1
-        while start <= len(self.columns):
-            group, end = self.columns[start - 1].group, start
-            while group and end < len(self.columns) and self.columns[end].group == group:
-                end += 1
-            width = end - start + 1
-            cells.append(rf"\multicolumn{{{width}}}{{c}}{{{latex_text(group)}}}" if group else "")
-            rules += [rf"\cmidrule(lr){{{start}-{end}}}"] if group else []
-            start = end + 1
-        return [_latex_row(cells), " ".join(rules)]
+    def _letters(self, places: Sequence[int]) -> int:
+        """About how many characters wide some columns are."""
+        return sum(2 + min(self._longest(place), SENTENCE) for place in places)
+
+    def _longest(self, place: int) -> int:
+        return max(len(self.columns[place].title), *(len(row[place].plain) for row in self.rows))
+
+    def _parts(self) -> list[list[int]]:
+        """Columns of each part; every part begins with the first column, which names the rows."""
+        spans: list[list[int]] = []
+        for place in range(1, len(self.columns)):
+            group = self.columns[place].group
+            joined = spans and group and self.columns[place - 1].group == group
+            spans = [*spans[:-1], [*spans[-1], place]] if joined else [*spans, [place]]
+        parts = [[0]]
+        for span in spans:
+            full = len(parts[-1]) > 1 and self._letters([*parts[-1], *span]) > TWO_COLUMNS
+            parts = [*parts, [0, *span]] if full else [*parts[:-1], [*parts[-1], *span]]
+        return parts
+
+    def _tabular(self, places: Sequence[int]) -> list[str]:
+        columns = [self.columns[place] for place in places]
+        kinds = ["p{20em}" if self._longest(p) > SENTENCE else "l" if self.columns[p].left else "r" for p in places]
+        return [
+            # Wider than the text: scaled down; narrower: left as it is.
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+            rf"\begin{{tabular}}{{{''.join(kinds)}}}",
+            r"\toprule",
+            *_latex_groups(columns),
+            _latex_row([latex_text(column.title) for column in columns]),
+            r"\midrule",
+            *(_latex_row([_latex(row[place]) for place in places]) for row in self.rows),
+            r"\bottomrule",
+            r"\end{tabular}}",
+        ]
 
     def write(self, folder: Path) -> list[Path]:
         """Write ``<folder>/<name>.{md,csv,tex}``."""
@@ -142,6 +165,22 @@ class Table:
         for path, text in zip(paths, contents.values(), strict=True):
             atomic_write_text(path, text)
         return paths
+
+
+def _latex_groups(columns: Sequence[Column]) -> list[str]:
+    """The row of shared headings and the rules below them."""
+    if not any(column.group for column in columns):
+        return []
+    cells, rules, start = [], [], 1
+    while start <= len(columns):
+        group, end = columns[start - 1].group, start
+        while group and end < len(columns) and columns[end].group == group:
+            end += 1
+        width = end - start + 1
+        cells.append(rf"\multicolumn{{{width}}}{{c}}{{{latex_text(group)}}}" if group else "")
+        rules += [rf"\cmidrule(lr){{{start}-{end}}}"] if group else []
+        start = end + 1
+    return [_latex_row(cells), " ".join(rules)]
 
 
 def latex_text(text: str) -> str:

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from analysis.rollout_gradients import flatten
 from benchmark.config import RunConfig
 from benchmark.policy import Policy
+from benchmark.rollout_gradients import flatten
 from benchmark.run import Run
 from benchmark.transformer import fuse
 

@@ -24,16 +24,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.rollout_gradients import gradients_and_head, places
 from analysis.variance_allocators import Known
 from analysis.variance_moments import BlockSums
 from benchmark import streams
-from benchmark.collect import Pool
 from benchmark.config import RolloutConfig
 from benchmark.decode import generate
+from benchmark.draws import Pool
 from benchmark.groups import segment_sum
 from benchmark.history import PromptHistory
 from benchmark.policy import Policy
+from benchmark.rollout_gradients import gradients_and_head, places
 from benchmark.rollouts import Rollouts
 from benchmark.transformer import Weights
 from benchmark.verdict import reward

@@ -186,7 +186,7 @@ def _measure(point: Point, config: VarianceConfig, tell: Tell) -> None:
     """Measure the pools of one checkpoint and note what it took."""
     from analysis.variance_checkpoints import load_checkpoint
     from analysis.variance_pool import Adam, Bench, measure_pools
-    from benchmark.collect import Pool
+    from benchmark.draws import Pool
     from benchmark.policy import prepare_machine
     from benchmark.problems import load_task
     from benchmark.verifier import Verifier

@@ -8,6 +8,11 @@ sampled token against all others:
 
     binary TV:  |pi - mu|                                               delta 0.15
     binary KL:  mu log(mu / pi) + (1 - mu) log((1 - mu) / (1 - pi))     delta 0.05
+
+With `top_k` the other tokens are not one: D is the divergence over the k most probable tokens of mu, the sampled token
+and the rest of both policies, 1/2 sum |pi - mu| or KL(mu || pi). k = 0 is binary, k = V the whole vocabulary. A large
+system ships k ids and probabilities with every rollout; here mu's output layer is computed once more for the batch, one
+forward pass, charged.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import torch
 from torch import Tensor
 
 from baselines.grpo import GRPO
-from benchmark.method import Change, Loss, TokenCredit, Tokens
+from benchmark.method import Change, Loss, Need, TokenCredit, Tokens
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,46 @@ class DPPOTV(GRPO):
     loss: Loss = field(default_factory=lambda: Loss(surrogate="log_likelihood"))
     delta: float = 0.15
     truncation: float = 20.0
+    top_k: int | None = None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Both output layers for more than the sampled token."""
+        return frozenset[Need](() if self.top_k is None else {"head", "rollout_head"})
 
     def divergence(self, pi: Tensor, mu: Tensor) -> Tensor:
         """|pi - mu|, (T,)."""
         return (pi - mu).abs()
 
+    def over_buckets(self, pi: Tensor, mu: Tensor) -> Tensor:
+        """1/2 sum |pi - mu| over the last dimension."""
+        return (pi - mu).abs().sum(-1) / 2
+
     def modulate(self, tokens: Tokens) -> TokenCredit:
         """A min(r, truncation), 0 outside the trust region, (T,)."""
         pi, mu, A = tokens.log_prob.exp(), tokens.old_log_prob.exp(), tokens.advantage
         away = ((A > 0) & (pi > mu)) | ((A < 0) & (pi < mu))
-        outside = away & (self.divergence(pi, mu) > self.delta)
+        far = self.divergence(pi, mu) if self.top_k is None else self._top_k(tokens, self.top_k)
+        outside = away & (far > self.delta)
         return TokenCredit(torch.where(outside, 0.0, A * tokens.ratio.clamp(max=self.truncation)))
+
+    def _top_k(self, tokens: Tokens, k: int) -> Tensor:
+        """Divergence over k tokens of mu, the sampled one and the rest, (T,)."""
+        assert tokens.head is not None
+        assert tokens.rollout_head is not None
+        D = torch.empty_like(tokens.log_prob)
+        for (rows, log_pi), (_, log_mu) in zip(tokens.head.log_probs(), tokens.rollout_head.log_probs(), strict=True):
+            inside = torch.zeros_like(log_mu, dtype=torch.bool)
+            inside.scatter_(1, log_mu.topk(min(k, log_mu.shape[1])).indices, True)
+            inside.scatter_(1, tokens.head.token[rows, None], True)
+            pi, mu = (_with_rest(log_p.exp(), inside) for log_p in (log_pi, log_mu))
+            D[rows] = self.over_buckets(pi, mu)
+        return D
+
+
+def _with_rest(p: Tensor, inside: Tensor) -> Tensor:
+    """Probabilities inside, 0 elsewhere, and one more column for the rest; (t, V + 1)."""
+    return torch.cat([torch.where(inside, p, 0.0), torch.where(inside, 0.0, p).sum(-1, keepdim=True)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -60,3 +94,7 @@ class DPPOKL(DPPOTV):
         tiny = torch.finfo(pi.dtype).tiny
         own = torch.xlogy(mu, mu / pi.clamp(min=tiny))
         return own + torch.xlogy(1 - mu, (1 - mu) / (1 - pi).clamp(min=torch.finfo(pi.dtype).eps))
+
+    def over_buckets(self, pi: Tensor, mu: Tensor) -> Tensor:
+        """sum mu log(mu / pi) over the last dimension; 0 log 0 = 0."""
+        return torch.xlogy(mu, mu / pi.clamp(min=torch.finfo(pi.dtype).tiny)).sum(-1)

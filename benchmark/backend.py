@@ -24,7 +24,7 @@ from benchmark.decode import generate
 from benchmark.numerics import check_sampled
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts
-from benchmark.scoring import TokenStatistics, score
+from benchmark.scoring import TokenStatistics, states, vocabulary_statistics
 from benchmark.transformer import Weights
 
 Piece = tuple[Rollouts, int, int]
@@ -100,8 +100,13 @@ class Backend(ABC):
     def _generate(self, request: Request) -> Rollouts: ...
 
     @abstractmethod
+    def states(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
+        """Hidden states (T, d) that predict every generated token of `batch`, and the head (V, d) that reads them."""
+
     def score(self, batch: Rollouts, temperature: float) -> TokenStatistics:
         """Statistics of every generated token of `batch` in its order, (T,); gradients flow to the policy."""
+        hidden, head = self.states(batch)
+        return vocabulary_statistics(hidden, head, batch.tokens, temperature=temperature)
 
     @abstractmethod
     def split(self, batch: Rollouts) -> list[Piece]:
@@ -140,9 +145,10 @@ class NativeBackend(Backend):
             temperature=request.temperature,
         )
 
-    def score(self, batch: Rollouts, temperature: float) -> TokenStatistics:
-        """See `Backend.score`."""
-        return score(self.policy.fused(), batch, temperature=temperature)
+    def states(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
+        """See `Backend.states`."""
+        weights = self.policy.fused()
+        return states(weights, batch), weights.head
 
     def split(self, batch: Rollouts) -> list[Piece]:
         """See `Backend.split`."""

@@ -19,7 +19,6 @@ from benchmark.decode import COMPACT_BELOW, sample
 from benchmark.errors import InputError
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts, concatenate, starts
-from benchmark.scoring import TokenStatistics, vocabulary_statistics
 
 PADDING = 1.15
 """A padded batch holds at most this many times its tokens."""
@@ -117,8 +116,8 @@ class TransformersBackend(Backend):
 
     # -- scoring -------------------------------------------------------------------------------------------------
 
-    def score(self, batch: Rollouts, temperature: float) -> TokenStatistics:
-        """See `Backend.score`."""
+    def states(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
+        """See `Backend.states`."""
         with self._precision():
             hidden = torch.cat([self._states(batch, rows) for rows in _padded_batches(batch)])
             order = torch.cat(_padded_batches(batch))
@@ -128,8 +127,7 @@ class TransformersBackend(Backend):
             begin = starts(lengths)[place]
             flat = torch.repeat_interleave(begin - starts(batch.length), batch.length)
             hidden = hidden[flat + torch.arange(len(batch.tokens), device=flat.device)]
-        head = self.head.weight
-        return vocabulary_statistics(hidden, head.to(hidden.dtype), batch.tokens, temperature=temperature)
+        return hidden, self.head.weight.to(hidden.dtype)
 
     def split(self, batch: Rollouts) -> list[Piece]:
         """See `Backend.split`."""

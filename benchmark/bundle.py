@@ -1,10 +1,10 @@
-"""The batch at which a run's numbers broke, kept with the weights it met, so that the failure can be made to happen again."""
+"""The batch at which a run's numbers broke, kept with the weights that it met, to run it again."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ from torch import Tensor
 from benchmark import checkpoint
 from benchmark.config import RunConfig
 from benchmark.errors import InputError, storing
+from benchmark.head import Head
 from benchmark.jsonl import atomic_write_json, sync_folder
-from benchmark.numerics import FailedBatch, NumericalError, check_sampled
+from benchmark.numerics import Minibatch, NumericalError, check_sampled
 from benchmark.rollouts import Rollouts
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ FOLDER = "numerical_error"
 
 
 def save(run: Run, error: NumericalError) -> Path:
-    """Write ``numerical_error/`` of the run's folder: ``batch.safetensors`` and ``error.json`` with step, arm and reason.
+    """Write ``numerical_error/``: ``batch.safetensors``, and ``error.json`` with step, arm and reason.
 
     Raises:
         StorageError: it cannot be written.
@@ -38,12 +39,9 @@ def save(run: Run, error: NumericalError) -> Path:
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if batch is not None:
-            tensors = checkpoint.tensors_of(run.policy, run.optimiser)
-            tensors |= {f"rollouts/{name}": value.contiguous() for name, value in vars(batch.rollouts).items()}
-            for name in ("advantage", "correction"):
-                if (value := getattr(batch, name)) is not None:
-                    tensors[name] = value.detach().contiguous()
-            more = {"max_tokens": batch.max_tokens, "config": run.config.model_dump(mode="json")}
+            tensors = checkpoint.tensors_of(run.policy, run.optimiser) | _tensors(batch)
+            more: dict[str, Any] = {"config": run.config.model_dump(mode="json"), "signal": run.updater.signal}
+            more |= {"max_tokens": batch.max_tokens} if isinstance(batch, Minibatch) else {}
             partial = folder / ".batch.partial"
             save_file(tensors, partial, {"about": json.dumps(about | more)})
             partial.replace(folder / "batch.safetensors")
@@ -56,8 +54,8 @@ def replay(folder: Path) -> dict[str, Any]:
     """Run the saved batch again, from the saved weights, on this machine.
 
     Returns:
-        ``about`` the failure; ``again``, the message of the same failure or None if it does not happen here; ``metrics``
-        of the update where it does not.
+        ``about`` the failure; ``again``, the message of the same failure or None if it does not happen here;
+        ``metrics`` of the update where it does not.
 
     Raises:
         InputError: there is no such batch, or its starting policy is gone.
@@ -72,11 +70,11 @@ def replay(folder: Path) -> dict[str, Any]:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         remedy = f"Name the {FOLDER} folder of a run"
         raise InputError(f"no saved batch ({error})", file=file, remedy=remedy) from None
-    config = RunConfig.model_validate(about.pop("config"))
+    config, signal = RunConfig.model_validate(about.pop("config")), about.pop("signal")
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(config, Path(scratch), lambda _: None)
         checkpoint.put(tensors, run.policy, run.optimiser)
-        run.updater.updates, run.updater.trace = about["update"], None
+        run.updater.updates, run.updater.signal, run.updater.trace = about["update"], signal, None
         try:
             metrics = _again(run, tensors, about)
         except NumericalError as error:
@@ -88,16 +86,28 @@ def replay(folder: Path) -> dict[str, Any]:
     return {"about": about, "again": None, "metrics": metrics}
 
 
+def _tensors(batch: Minibatch | Rollouts) -> dict[str, Tensor]:
+    """The tensors of `batch` by name."""
+    rollouts = batch if isinstance(batch, Rollouts) else batch.rollouts
+    found: dict[str, Tensor | None] = {f"rollouts/{name}": value for name, value in vars(rollouts).items()}
+    if isinstance(batch, Minibatch):
+        found |= {"advantage": batch.advantage, "correction": batch.correction}
+        if batch.sampler is not None:
+            found |= {"sampler/hidden": batch.sampler.hidden, "sampler/weight": batch.sampler.weight}
+    return {name: value.detach().clone().contiguous() for name, value in found.items() if value is not None}
+
+
 def _again(run: Run, tensors: dict[str, Tensor], about: dict[str, Any]) -> dict[str, float]:
-    device = run.clock.device
-    rollouts = Rollouts(**{field.name: tensors[f"rollouts/{field.name}"].to(device) for field in fields(Rollouts)})
-    if "advantage" not in tensors:
+    there = {name: value.to(run.clock.device) for name, value in tensors.items()}
+    rollouts = Rollouts(**{field.name: there[f"rollouts/{field.name}"] for field in fields(Rollouts)})
+    temperature = run.config.rollout.temperature
+    if "advantage" not in there:
         with torch.no_grad():
-            seen = run.backend.score(rollouts, run.config.rollout.temperature)
-        check_sampled(Rollouts(**{**vars(rollouts), "log_prob": seen.log_prob}))
+            seen = run.backend.score(rollouts, temperature)
+        check_sampled(replace(rollouts, log_prob=seen.log_prob))
         return {"policy/entropy_nats": float(seen.entropy.mean())}
-    correction = tensors["correction"].to(device) if "correction" in tensors else None
-    batch = FailedBatch(
-        rollouts, tensors["advantage"].to(device), correction, about["step"], about["update"], about["max_tokens"]
-    )
-    return run.updater.again(batch)
+    head = None
+    if "sampler/hidden" in there:
+        head = Head(there["sampler/hidden"], there["sampler/weight"], rollouts.tokens, temperature)
+    given = (there["advantage"], there.get("correction"), head, about["step"], about["max_tokens"])
+    return run.updater.again(Minibatch(rollouts, *given))

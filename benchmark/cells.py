@@ -21,12 +21,13 @@ import socket
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import psutil
 
@@ -40,8 +41,65 @@ HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
 
 
+class RunCell(Protocol):
+    """What runs or resumes a cell (`benchmark.run.run_cell`)."""
+
+    def __call__(self, config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+        """Run `config` into `out`, ``result.json`` last; raise after a checkpoint once `should_stop`."""
+
+
+class Job(ABC):
+    """Work that one process at a time does in `folder`; its ``result.json`` is written last and means done."""
+
+    folder: Path
+
+    @property
+    @abstractmethod
+    def run_hash(self) -> str:
+        """Identity of the work; ``result.json`` repeats it."""
+
+    @abstractmethod
+    def execute(self, run: RunCell, should_stop: Callable[[], bool]) -> None:
+        """Do the work or go on with it; `run` trains."""
+
+    def result(self) -> dict[str, Any] | None:
+        """``result.json`` if the work is done, else None.
+
+        Raises:
+            InputError: the folder holds other work.
+        """
+        found = read_json(self.folder / "result.json")
+        if found is not None and found.get("run_hash") != self.run_hash:
+            raise self._taken()
+        return found
+
+    def _taken(self) -> InputError:
+        return InputError(
+            "the folder holds a run with another configuration",
+            file=self.folder,
+            remedy="Choose another folder, or delete this one",
+        )
+
+    def mark_failed(self, invocation: str, message: str) -> None:
+        """Say why the run failed; this invocation's workers then leave the job alone, the next retries."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(self.folder / "failure.json", {"invocation": invocation, "error": message})
+
+    def clear_failure(self) -> None:
+        """Forget an earlier failure."""
+        (self.folder / "failure.json").unlink(missing_ok=True)
+
+    def failure(self, invocation: str) -> str | None:
+        """Why the run failed in this invocation, or None."""
+        found = read_json(self.folder / "failure.json")
+        return str(found["error"]) if found is not None and found.get("invocation") == invocation else None
+
+
+J = TypeVar("J", bound=Job)
+
+
 @dataclass(frozen=True)
-class Cell:
+class Cell(Job):
     """One run and the folder that holds its record."""
 
     config: RunConfig
@@ -58,16 +116,10 @@ class Cell:
         """Identity of the run."""
         return self.config.run_hash
 
-    def result(self) -> dict[str, Any] | None:
-        """``result.json`` if the run is done, else None.
-
-        Raises:
-            InputError: the folder holds another run.
-        """
-        found = read_json(self.folder / "result.json")
-        if found is not None and found.get("run_hash") != self.run_hash:
-            raise self._taken()
-        return found
+    def execute(self, run: RunCell, should_stop: Callable[[], bool]) -> None:
+        """Run or resume the cell."""
+        self.check()
+        run(self.config, self.folder, should_stop=should_stop)
 
     def check(self) -> None:
         """Refuse a folder that another run left its record in.
@@ -84,27 +136,6 @@ class Cell:
             same = False
         if not same:
             raise self._taken()
-
-    def _taken(self) -> InputError:
-        return InputError(
-            "the folder holds a run with another configuration",
-            file=self.folder,
-            remedy="Choose another folder, or delete this one",
-        )
-
-    def mark_failed(self, invocation: str, message: str) -> None:
-        """Say why the run failed; this invocation's workers then leave the cell alone, the next retries."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(self.folder / "failure.json", {"invocation": invocation, "error": message})
-
-    def clear_failure(self) -> None:
-        """Forget an earlier failure."""
-        (self.folder / "failure.json").unlink(missing_ok=True)
-
-    def failure(self, invocation: str) -> str | None:
-        """Why the run failed in this invocation, or None."""
-        found = read_json(self.folder / "failure.json")
-        return str(found["error"]) if found is not None and found.get("invocation") == invocation else None
 
 
 class LeaseLostError(RunError):
@@ -184,8 +215,8 @@ def _claim(leases: Path, stale_after: float, heartbeat: float) -> Lease | None:
 
 
 def claim_next(
-    cells: Iterable[Cell], skip: Callable[[Cell], bool], *, stale_after: float = STALE_SECONDS
-) -> tuple[Cell, Lease] | None:
+    cells: Iterable[J], skip: Callable[[J], bool], *, stale_after: float = STALE_SECONDS
+) -> tuple[J, Lease] | None:
     """Claim the first cell that is neither done nor skipped nor somebody else's."""
     for cell in cells:
         if skip(cell) or cell.result() is not None:

@@ -32,7 +32,7 @@ _log = logging.getLogger("rolloutbench.checkpoint")
 
 
 def save(
-    folder: Path, policy: Policy, optimiser: torch.optim.Optimizer, history: Tensor, state: dict[str, Any]
+    folder: Path, policy: Policy, optimiser: torch.optim.Optimizer, history: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
     """Write the checkpoint of ``state["step"]`` and ``state["points"]``; the one before it is kept, older ones go.
 
@@ -43,7 +43,8 @@ def save(
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors_of(policy, optimiser) | {"history": history}, partial, {"state": json.dumps(state)})
+            memory = {f"history/{key}": value for key, value in history.items()}
+            save_file(tensors_of(policy, optimiser) | memory, partial, {"state": json.dumps(state)})
         except SafetensorError as error:
             raise StorageError(folder, str(error), "Free some space; the same command then goes on") from error
         with partial.open("rb") as file:
@@ -83,11 +84,11 @@ def latest(folder: Path, fits: Callable[[dict[str, Any]], bool] = lambda _: True
     return None
 
 
-def load(file: Path, policy: Policy, optimiser: torch.optim.Optimizer) -> Tensor:
-    """Put weights and optimiser moments of `file` in place; returns the history tensor."""
+def load(file: Path, policy: Policy, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Put weights and optimiser moments of `file` in place; returns the history's tensors."""
     tensors = load_file(file)
     put(tensors, policy, optimiser)
-    return tensors["history"]
+    return {key.removeprefix("history/"): value for key, value in tensors.items() if key.startswith("history/")}
 
 
 def put(tensors: dict[str, Tensor], policy: Policy, optimiser: torch.optim.Optimizer) -> None:

@@ -16,10 +16,12 @@ from typer.core import TyperGroup
 
 from benchmark.cli_author import check, complete_method, new_method
 from benchmark.cli_compare import compare
+from benchmark.cli_dashboard import dashboard
 from benchmark.cli_doctor import doctor
 from benchmark.cli_figures import figures
 from benchmark.cli_replay import replay
 from benchmark.cli_replay_batch import replay_batch
+from benchmark.cli_sweep import sweep
 from benchmark.cli_variance import variance
 from benchmark.errors import REMEDIES, InputError, RunError, storage_error
 
@@ -74,12 +76,13 @@ STORE = "sqlite:///mlflow.db"
 
 @app.command()
 def run(
-    method: Annotated[
-        str,
-        typer.Argument(metavar="METHOD", help="An arm of `rolloutbench methods`.", autocompletion=complete_method),
-    ],
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command there resumes it.")],
-    scale: Scale = "small",
+    method: Annotated[
+        str | None,
+        typer.Argument(metavar="METHOD", help="An arm of `rolloutbench methods`.", autocompletion=complete_method),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML of a run, for instance a sweep's best.yaml.")] = None,
+    scale: Annotated[str | None, typer.Option(help="File of configs/scales, or a path; small by default.")] = None,
     task: Task = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed s of every arm shares its random streams.")] = 0,
     budget: Budget = None,
@@ -92,13 +95,15 @@ def run(
       rolloutbench run grpo --scale smoke --out runs/first
       rolloutbench run dynamo --seed 3 --set method.allocation.n_low=2 --out runs/dynamo-3
       rolloutbench run dapo --budget rollouts=4096 --set optimiser.learning_rate=1e-4 --out runs/dapo
+      rolloutbench run --config results/sweeps/modulation/best.yaml --seed 7 --out runs/tuned
     """
     from benchmark.compose import compose_run
     from benchmark.study import run_single
 
     _one_thread()
-    config = compose_run(method, scale=scale, task=task, seed=seed, options=[*_budget(budget), *(options or [])])
-    _finish(run_single(config, out), out)
+    asked = [*_budget(budget), *(options or [])]
+    planned = compose_run(method, scale=scale, task=task, seed=seed, options=asked, file=config)
+    _finish(run_single(planned, out), out)
     typer.echo(f"done: {out}")
 
 
@@ -175,6 +180,8 @@ app.command()(check)
 app.command()(new_method)
 app.command()(doctor)
 app.command()(compare)
+app.command()(dashboard)
+app.command()(sweep)
 
 
 @app.command()
@@ -202,7 +209,7 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's results.")],
     readme: Annotated[Path | None, typer.Option(help="Write the marked parts of this README too.")] = None,
 ) -> None:
-    """Rebuild REPORT.md, tables and figures of a study.
+    """Rebuild REPORT.md, index.html, tables and figures of a study or a sweep.
 
     \b
     Examples:
@@ -210,10 +217,16 @@ def report(
       rolloutbench report results/main_table --readme README.md
     """
     _plan_in(folder)
-    from analysis.report import write_report
+    if (folder / "sweep.yaml").exists():
+        from analysis.sweep_report import write_sweep_report
 
-    write_report(folder, readme)
-    typer.echo(f"done: {folder / 'REPORT.md'}")
+        write_sweep_report(folder)
+        typer.echo(f"done: {folder / 'REPORT.md'}")
+    else:
+        from analysis.report import write_report
+
+        write_report(folder, readme)
+        typer.echo(f"done: {folder / 'REPORT.md'} and {folder / 'index.html'}")
 
 
 @app.command()

@@ -1,8 +1,8 @@
-"""The first half of a step: prompts -> (probe) -> allocate -> rollouts -> verify -> keep."""
+"""The first half of a step: prompts -> (probe) -> select -> allocate -> rollouts -> verify -> (extend) -> keep."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,89 +13,17 @@ from benchmark import streams
 from benchmark.backend import Backend, Request
 from benchmark.clock import Clock
 from benchmark.config import RolloutConfig
+from benchmark.draws import Batch, Draw, Pool, successes_of
+from benchmark.errors import MethodError
 from benchmark.groups import Groups, segment_sum
 from benchmark.history import HistoryView, PromptHistory
-from benchmark.ledger import Budget, Ledger, Prices
+from benchmark.ledger import Admission, Budget, Ledger, Prices
 from benchmark.method import Method, Probe
 from benchmark.policy import Policy
-from benchmark.problems import Item
-from benchmark.rollouts import Rollouts, concatenate
+from benchmark.probing import alignment, gradient_norms, halves
+from benchmark.rollouts import Rollouts, concatenate, merge
 from benchmark.verdict import Verdict, reward
 from benchmark.verifier import Verifier
-
-
-class MethodError(RuntimeError):
-    """A method returned something that its decision must not return."""
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The training prompts, tokenised once, in an order every arm of a seed shares.
-
-    Attributes:
-        items: the problems. tokens: their prompt ids. keys: (N,) uint64 identity of each prompt's random stream.
-    """
-
-    items: list[Item]
-    tokens: list[Tensor]
-    seed: int
-
-    @classmethod
-    def of(cls, items: list[Item], policy: Policy, seed: int, device: torch.device) -> Pool:
-        """Tokenise the prompts of `items` once, onto `device`."""
-        return cls(items, [torch.tensor(ids, device=device) for ids in policy.encode([i.prompt for i in items])], seed)
-
-    def prompts(self, start: int, count: int) -> list[int]:
-        """`count` pool positions from place `start` of an endless sequence of shuffled epochs; distinct in an epoch."""
-        chosen: list[int] = []
-        size = len(self.items)
-        while len(chosen) < count:
-            epoch, offset = divmod(start + len(chosen), size)
-            order = streams.generator(self.seed, "order", epoch).permutation(size)
-            taken = order[offset : offset + count - len(chosen)].tolist()
-            chosen += taken
-        return chosen
-
-    def stream_keys(self, purpose: str, step: int, epoch: int, prompts: list[int]) -> NDArray[np.uint64]:
-        """One 64-bit key per prompt; rollout j of the prompt is lane j of it in every arm.
-
-        The epoch keeps a prompt that comes back within one step (dynamic sampling) from repeating its rollouts.
-        """
-        ids = (streams.key(self.seed, purpose, step, epoch, self.items[p].id) for p in prompts)
-        return np.fromiter(ids, dtype=np.uint64, count=len(prompts))
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Verified rollouts of some prompts.
-
-    Attributes:
-        prompts: pool positions, (P,). counts: rollouts of each, (P,). verdicts: one per rollout.
-        history: what `allocate` saw of the prompts.
-        cut: the budget, not the protocol, set the token limit: never trains.
-    """
-
-    prompts: list[int]
-    counts: NDArray[np.int64]
-    rollouts: Rollouts
-    verdicts: list[Verdict]
-    history: HistoryView
-    cut: bool
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What trains in this step, and the whole of what was drawn for it.
-
-    Attributes:
-        prompts: pool positions of the groups that train, (P,). verdicts: one per rollout that trains.
-    """
-
-    rollouts: Rollouts
-    groups: Groups
-    drawn: list[Draw] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
 
 
 @dataclass
@@ -139,22 +67,27 @@ class Collector:
             draw = self._draw(step, left)
             left -= len(draw.prompts)
             drawn.append(draw)
-            if draw.cut:
-                self.charge(step, draw, np.full(len(draw.prompts), "failed", dtype=object))
-                continue
-            mask = self.method.keep(self.groups(draw.rollouts, draw.verdicts, draw.history))
-            chosen = torch.nonzero(mask).flatten()[: wanted - have]
-            have += len(chosen)
-            kept.append((draw, chosen))
-            fate = np.where(mask.cpu().numpy(), "overflow", "filtered").astype(object)
-            fate[chosen.cpu().numpy()] = "trained"
-            self.charge(step, draw, fate)
+            fate = np.full(len(draw.prompts), "failed", dtype=object)
+            groups = self.groups(draw.rollouts, draw.verdicts, draw.history)
+            if not draw.cut:
+                mask = self.method.keep(groups)
+                chosen = torch.nonzero(mask).flatten()[: wanted - have]
+                have += len(chosen)
+                kept.append((draw, chosen))
+                fate = np.where(mask.cpu().numpy(), "overflow", "filtered").astype(object)
+                fate[chosen.cpu().numpy()] = "trained"
+            self.charge(step, draw, fate, self.method.keep_rollouts(groups))
+        self.history.record_step(*self._outcome(drawn))
         kept = kept or [(drawn[0], torch.zeros(0, dtype=torch.int64, device=self.clock.device))]
         rollouts = concatenate([d.rollouts.select_prompts(c) for d, c in kept])
         verdicts = [d.verdicts[row] for d, c in kept for row in d.rollouts.rows_of(c).tolist()]
-        history = HistoryView.concatenate([d.history.select(c.cpu().numpy()) for d, c in kept])
+        groups = self.groups(
+            rollouts, verdicts, HistoryView.concatenate([d.history.select(c.cpu().numpy()) for d, c in kept])
+        )
+        rows = torch.nonzero(self.method.keep_rollouts(groups)).flatten()
         prompts = [d.prompts[p] for d, c in kept for p in c.tolist()]
-        return Batch(rollouts, self.groups(rollouts, verdicts, history), drawn, prompts, verdicts)
+        judged = [verdicts[row] for row in rows.tolist()]
+        return Batch(rollouts.select_rows(rows), groups, drawn, prompts, judged, rows)
 
     def exhaust(self, step: int) -> Batch:
         """Spend the rest of the budget on rollouts that do not train, for an engine that cannot use so few."""
@@ -167,35 +100,113 @@ class Collector:
         nothing = drawn[0].rollouts.select_prompts(torch.zeros(0, dtype=torch.int64, device=self.clock.device))
         return Batch(nothing, self.groups(nothing, [], drawn[0].history.select(np.zeros(0, dtype=np.int64))), drawn)
 
-    def _draw(self, step: int, prompts_left: int) -> Draw:
-        # A draw ends with its epoch, so that its prompts are distinct.
-        prompts_left = min(prompts_left, len(self.pool.items) - self.place % len(self.pool.items))
-        probe, config = self.method.probe, self.config
-        reserved = probe.rollouts if probe and probe.charged else 0
-        admitted = self.budget.admit(
-            self.remaining, prompts_left, config.rollouts_per_prompt, config.max_tokens, reserved
-        )
-        prompts = self.pool.prompts(self.place, admitted.prompts)
-        seen = self.history.view(prompts)
-        if probe and admitted.probe == reserved and not admitted.cut:
-            seen = self._probe(step, probe, prompts, seen)
-        counts = self._allocate(seen, admitted.rollouts, step)
-        rollouts, verdicts = self._sample("rollout", step, prompts, counts, admitted.max_tokens)
-        self.place += len(prompts)
-        if not admitted.cut:
-            self._remember(prompts, rollouts, verdicts, counts)
-        return Draw(prompts, counts, rollouts, verdicts, seen, admitted.cut)
+    def _outcome(self, drawn: list[Draw]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Successes and rollouts of the prompts of a step that got any."""
+        whole = [draw for draw in drawn if not draw.cut]
+        counts = np.concatenate([np.zeros(0), *(draw.counts for draw in whole)])
+        successes = np.concatenate([np.zeros(0), *(draw.successes for draw in whole)])
+        return successes[counts > 0], counts[counts > 0]
 
-    def _remember(
-        self, prompts: list[int], rollouts: Rollouts, verdicts: list[Verdict], counts: NDArray[np.int64]
-    ) -> None:
+    def _draw(self, step: int, prompts_left: int) -> Draw:
+        seen, prompts, passed, admitted = self._choose(step, prompts_left)
+        budget = admitted.rollouts * len(prompts) // admitted.prompts
+        counts = self._allocate(seen, budget, step)
+        rollouts, verdicts = self._sample("rollout", step, prompts, counts, admitted.max_tokens)
+        draw = Draw(prompts, counts, rollouts, verdicts, seen, admitted.cut)
+        if not admitted.cut:
+            for done in range(1, self.method.rounds.most):
+                extra = self._extend(draw, done)
+                if not extra.any():
+                    break
+                draw = self._another_round(step, draw, extra)
+            self._remember(draw)
+        self.place += passed
+        return draw
+
+    def _choose(self, step: int, prompts_left: int) -> tuple[HistoryView, list[int], int, Admission]:
+        """What is seen of the prompts that are drawn next, the prompts, places passed with them, what is admitted."""
+        probe, config, size = self.method.probe, self.config, len(self.pool.items)
+        group = self.method.rounds.first or config.rollouts_per_prompt
+        reserved = fixed = 0
+        if probe and probe.charged:
+            reserved = probe.rollouts * (self.method.candidates if probe.candidates else 1)
+            fixed = probe.trusted * probe.trusted_rollouts
+        looked = 0
+        while True:
+            # A draw ends with its epoch, so that its prompts are distinct.
+            in_epoch = size - self.place % size
+            wanted = min(prompts_left, in_epoch)
+            admitted = self.budget.admit(self.remaining, wanted, group, config.max_tokens, reserved, fixed)
+            probing = probe if admitted.probe == reserved and not admitted.cut else None
+            window = self.pool.prompts(self.place, min(admitted.prompts * self.method.candidates, in_epoch))
+            seen = self.history.view(window)
+            if probing and probing.candidates:
+                seen = self._probe(step, probing, window, seen)
+            chosen, passed = self._select(seen, admitted.prompts, step)
+            if len(chosen):
+                break
+            self.place, looked = self.place + passed, looked + passed
+            if looked > 2 * size:
+                raise MethodError(f"{type(self.method).__name__}.select chose none of {looked} prompts in a row")
+        seen, prompts = seen.select(chosen), [window[number] for number in chosen]
+        if probing and not probing.candidates:
+            seen = self._probe(step, probing, prompts, seen)
+        return seen, prompts, passed, admitted
+
+    def _select(self, seen: HistoryView, wanted: int, step: int) -> tuple[NDArray[np.int64], int]:
+        """At most `wanted` numbers of the candidates, and how many candidates are passed with them."""
+        rng = streams.generator(self.pool.seed, "select", step, self.place)
+        mask = np.asarray(self.method.select(seen, wanted, rng))
+        if mask.shape != (len(seen),) or mask.dtype != np.bool_:
+            raise MethodError(
+                f"{type(self.method).__name__}.select returned {mask.dtype} {mask.shape}; it must return "
+                f"{len(seen)} booleans"
+            )
+        chosen = np.flatnonzero(mask)
+        return chosen[:wanted], int(chosen[wanted]) if len(chosen) > wanted else len(seen)
+
+    def _extend(self, draw: Draw, done: int) -> NDArray[np.int64]:
+        """What every prompt of the draw gets in the next round, as far as the budget holds it."""
+        groups = self.groups(draw.rollouts, draw.verdicts, draw.history)
+        extra = np.asarray(self.method.extend(groups, done))
+        if extra.shape != (len(draw.prompts),) or extra.dtype != np.int64 or extra.min() < 0:
+            raise MethodError(
+                f"{type(self.method).__name__}.extend returned {extra.dtype} {extra.shape}; it must return "
+                f"{len(draw.prompts)} int64 counts >= 0"
+            )
+        # The draw is charged when its fate is known.
+        held = len(draw.rollouts.tokens) if self.budget.currency == "tokens_generated" else len(draw.rollouts)
+        affordable = (self.remaining - held) // self.budget.worst(self.config.max_tokens)
+        before = np.cumsum(extra) - extra
+        result: NDArray[np.int64] = np.clip(affordable - before, 0, extra)
+        return result
+
+    def _another_round(self, step: int, draw: Draw, extra: NDArray[np.int64]) -> Draw:
+        asked = np.flatnonzero(extra)
+        prompts = [draw.prompts[number] for number in asked]
+        more, verdicts = self._sample(
+            "rollout", step, prompts, extra[asked], self.config.max_tokens, first=draw.counts[asked]
+        )
+        owner = torch.from_numpy(asked).to(more.prompt.device)[more.prompt]
+        rollouts, order = merge(draw.rollouts, replace(more, prompt=owner))
+        both = [*draw.verdicts, *verdicts]
+        return replace(
+            draw,
+            counts=draw.counts + extra,
+            rollouts=rollouts,
+            verdicts=[both[row] for row in order.tolist()],
+            reads=draw.reads + (extra > 0),
+        )
+
+    def _remember(self, draw: Draw) -> None:
+        rollouts = draw.rollouts
         owner = torch.repeat_interleave(rollouts.prompt, rollouts.length)
         tokens = segment_sum(rollouts.length.double(), rollouts.prompt, rollouts.prompts)
         surprisal = segment_sum(-rollouts.log_prob.double(), owner, rollouts.prompts)
         self.history.record(
-            prompts,
-            _successes(rollouts, verdicts),
-            counts.astype(np.float64),
+            draw.prompts,
+            draw.successes,
+            draw.counts.astype(np.float64),
             tokens.cpu().numpy(),
             surprisal.cpu().numpy(),
         )
@@ -203,8 +214,35 @@ class Collector:
     def _probe(self, step: int, probe: Probe, prompts: list[int], seen: HistoryView) -> HistoryView:
         """`seen` with the outcome of the probe, which is charged, or recorded apart where it is an oracle's."""
         trials = np.full(len(prompts), probe.rollouts, dtype=np.int64)
+        rollouts, verdicts = self._pre_sample("probe", step, probe, prompts, trials)
+        found = replace(seen, probe_successes=successes_of(rollouts, verdicts).astype(np.int64), probe_trials=trials)
+        backward = "backward" if probe.charged else "oracle"
+        if probe.gradients:
+            right = torch.tensor([reward(v) > 0 for v in verdicts])
+            with self.clock.phase(backward):
+                norm, square = gradient_norms(
+                    self.policy.fused(), rollouts, right, probe.gradients, self.config.temperature
+                )
+            self._charge_gradients(step, probe, rollouts)
+            found = replace(found, probe_norm=norm, probe_square=square)
+        if probe.trusted:
+            order = streams.generator(self.pool.seed, "trusted").permutation(len(self.pool.items))
+            known = order[: probe.trusted].tolist()
+            counts = np.full(len(known), probe.trusted_rollouts, dtype=np.int64)
+            trusted, judged = self._pre_sample("trusted", step, probe, known, counts)
+            own, other = self._half_credit(rollouts, verdicts), self._half_credit(trusted, judged)
+            with self.clock.phase(backward):
+                values = alignment(self.policy.fused(), rollouts, own, trusted, other, self.config.temperature)
+            self._charge_gradients(step, probe, rollouts)
+            self._charge_gradients(step, probe, trusted)
+            found = replace(found, probe_alignment=values)
+        return found
+
+    def _pre_sample(
+        self, purpose: str, step: int, probe: Probe, prompts: list[int], counts: NDArray[np.int64]
+    ) -> tuple[Rollouts, list[Verdict]]:
         phases = ("decode", "verify") if probe.charged else ("oracle", "oracle")
-        rollouts, verdicts = self._sample("probe", step, prompts, trials, self.config.max_tokens, phases)
+        rollouts, verdicts = self._sample(purpose, step, prompts, counts, self.config.max_tokens, phases)
         read, made = len(rollouts.prompt_tokens), len(rollouts.tokens)
         self.ledger.charge(
             step,
@@ -215,7 +253,21 @@ class Collector:
             tokens_generated=made,
             flops=self.prices.forward(read + made),
         )
-        return replace(seen, probe_successes=_successes(rollouts, verdicts).astype(np.int64), probe_trials=trials)
+        return rollouts, verdicts
+
+    def _half_credit(self, rollouts: Rollouts, verdicts: list[Verdict]) -> Tensor:
+        """The method's advantage of every rollout within its half of the group, (R,)."""
+        groups = self.groups(rollouts, verdicts, HistoryView.unseen(rollouts.prompts))
+        twice = replace(groups, prompt=halves(rollouts), prompts=2 * rollouts.prompts, history=HistoryView.unseen(0))
+        return self.method.credit(twice)
+
+    def _charge_gradients(self, step: int, probe: Probe, rollouts: Rollouts) -> None:
+        """A forward and backward pass in which every rollout reads its prompt anew."""
+        made = len(rollouts.tokens)
+        tokens = made + int(rollouts.prompt_length[rollouts.prompt].sum())
+        flops = self.prices.forward(tokens) + self.prices.backward(tokens)
+        event = "gradients" if probe.charged else "oracle"
+        self.ledger.charge(step, event, tokens_backpropagated=made, flops=flops)
 
     def _sample(
         self,
@@ -225,11 +277,13 @@ class Collector:
         counts: NDArray[np.int64],
         max_tokens: int,
         phases: tuple[str, str] = ("decode", "verify"),
+        first: NDArray[np.int64] | None = None,
     ) -> tuple[Rollouts, list[Verdict]]:
-        """`counts` (P,) rollouts of `prompts` from the streams of `purpose`, with their verdicts."""
+        """`counts` (P,) rollouts of `prompts` from the streams of `purpose`, from lane `first` on; their verdicts."""
         epoch = self.place // len(self.pool.items)
         keys = np.repeat(self.pool.stream_keys(purpose, step, epoch, prompts), counts)
-        lanes = np.concatenate([np.arange(n) for n in counts])
+        begin = np.zeros(len(prompts), dtype=np.int64) if first is None else first
+        lanes = np.concatenate([np.arange(b, b + n) for b, n in zip(begin, counts, strict=True)])
         request = Request(
             [self.pool.tokens[p] for p in prompts], counts, keys, lanes, max_tokens, self.config.temperature
         )
@@ -251,7 +305,6 @@ class Collector:
         return counts
 
     def groups(self, rollouts: Rollouts, verdicts: list[Verdict], history: HistoryView) -> Groups:
-        """The groups of `rollouts`, as a method sees them."""
         return Groups(
             rollouts.prompt,
             rollouts.prompts,
@@ -262,30 +315,28 @@ class Collector:
             history,
         )
 
-    def charge(self, step: int, draw: Draw, fate: NDArray[np.object_]) -> None:
-        """One ledger row per fate; `fate` is per prompt: trained, filtered by the method, overflow, failed (cut)."""
+    def charge(self, step: int, draw: Draw, fate: NDArray[np.object_], kept: Tensor | None = None) -> None:
+        """One ledger row per fate: trained, filtered by the method, overflow, failed (cut).
+
+        `fate` is per prompt; rollouts of a group that trains but are not `kept` (R,) are filtered.
+        """
         rollouts = draw.rollouts
-        sizes = np.bincount(rollouts.prompt.cpu().numpy(), minlength=len(draw.prompts))
-        generated = np.zeros(len(draw.prompts), dtype=np.int64)
-        np.add.at(generated, rollouts.prompt.cpu().numpy(), rollouts.length.cpu().numpy())
-        prompt_tokens = rollouts.prompt_length.cpu().numpy() * (sizes > 0)
-        for name in sorted(set(fate)):
-            of = fate == name
-            read, made = int(prompt_tokens[of].sum()), int(generated[of].sum())
-            if not sizes[of].sum():
+        owner, length = rollouts.prompt.cpu().numpy(), rollouts.length.cpu().numpy()
+        read = rollouts.prompt_length.cpu().numpy() * draw.reads
+        each = fate[owner]
+        if kept is not None:
+            each[(each == "trained") & ~kept.cpu().numpy()] = "filtered"
+        for name in sorted({*fate, *each}):
+            of = each == name
+            prompt_tokens, made = int(read[fate == name].sum()), int(length[of].sum())
+            if not of.any() and not prompt_tokens:
                 continue
             self.ledger.charge(
                 step,
                 "rollouts",
                 name,
-                rollouts=int(sizes[of].sum()),
-                prompt_tokens=read,
+                rollouts=int(of.sum()),
+                prompt_tokens=prompt_tokens,
                 tokens_generated=made,
-                flops=self.prices.forward(read + made),
+                flops=self.prices.forward(prompt_tokens + made),
             )
-
-
-def _successes(rollouts: Rollouts, verdicts: list[Verdict]) -> NDArray[np.float64]:
-    """Correct rollouts per prompt, (P,)."""
-    correct = torch.tensor([reward(v) for v in verdicts], dtype=torch.float64)
-    return segment_sum(correct, rollouts.prompt.cpu(), rollouts.prompts).numpy()

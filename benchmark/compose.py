@@ -17,7 +17,7 @@ from benchmark.errors import InputError
 from benchmark.layers import Layer, did_you_mean, read_options, read_yaml, validate
 
 SHARED = ("policy", "task", "rollout", "optimiser", "backend", "budget", "evaluation")
-KINDS = {"studies": "study", "scales": "scale", "tasks": "task"}
+KINDS = {"studies": "study", "scales": "scale", "tasks": "task", "sweeps": "sweep"}
 OF_STUDY = ("seeds", "gradient_variance_replicates")  # what a scale may set of the study itself
 IDENTITY = {"study": "the study's file", "arm": "the command", "seed": "--seed", "scale": "--scale"}
 
@@ -38,8 +38,8 @@ def config_folder() -> Path:
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
-def find(kind: Literal["studies", "scales", "tasks"], name: str) -> Path:
-    """The file of a study, scale or task: a path to a YAML file, or a name in ``configs/<kind>``.
+def find(kind: Literal["studies", "scales", "tasks", "sweeps"], name: str) -> Path:
+    """The file of a study, scale, task or sweep: a path to a YAML file, or a name in ``configs/<kind>``.
 
     Raises:
         InputError: there is no such file.
@@ -56,20 +56,41 @@ def find(kind: Literal["studies", "scales", "tasks"], name: str) -> Path:
 
 
 def compose_run(
-    method: str,
+    method: str | None,
     *,
-    scale: str = "small",
+    scale: str | None = None,
     task: str | None = None,
     seed: int = 0,
     options: Sequence[str] = (),
+    file: Path | None = None,
 ) -> RunConfig:
     """The configuration of a single run, outside any study.
+
+    Args:
+        method: an arm; may be left to `file`, as may the scale (``small`` where neither says) and the task.
+        file: YAML with ``scale``, ``task``, ``method`` and what it changes of the scale, for instance the
+            ``best.yaml`` of a sweep.
 
     Raises:
         InputError: a name, key, type, range or combination is wrong.
     """
-    arm = Layer({"method": {"name": method}})
-    return _compose({"study": "single", "arm": method, "seed": seed}, scale, task, Layer(), arm, options)
+    written = read_yaml(file) if file else Layer()
+    _only(written, (*SHARED, "scale", "method"), "a run's file")
+    section = written.values.get("method", {})
+    if not isinstance(section, dict):
+        raise written.error("method", "not a mapping", "Write method: {name: dynamo, params: {...}}")
+    named = section.get("name", method)
+    if not isinstance(named, str):
+        remedy = "Name one, or write method: {name: ...} in the file of --config"
+        raise written.error("method.name", "no method is named", remedy, named)
+    if method not in (None, named):
+        raise written.error("method.name", f"the command asks for {method}", "Leave METHOD away", named)
+    size = written.values.get("scale", "small")
+    if not isinstance(size, str):
+        raise written.error("scale", "not the name of a scale", "Name a file of configs/scales", size)
+    arm = Layer({"method": {"name": named}}).over(written.part("method"))
+    identity = {"study": "single", "arm": named, "seed": seed}
+    return compose_arm(identity, scale or size, task, written.part(*SHARED), arm, options)
 
 
 def compose_study(
@@ -101,20 +122,30 @@ def compose_study(
     for position, arm in enumerate(config.arms):
         layer = written.moved(f"arms.{position}", "method", {"name": arm.name, "params": arm.params})
         identity = {"study": config.study, "arm": arm.label, "seed": config.seeds[0]}
-        firsts.append(_compose(identity, config.scale, config.task, overrides, layer, options))
+        firsts.append(compose_arm(identity, config.scale, config.task, overrides, layer, options))
     _check_study(config, firsts[0], asked)
     runs = [run.model_copy(update={"seed": seed}) for seed in config.seeds for run in firsts]
     return Plan(config, tuple(runs))
 
 
-def _compose(
+def compose_arm(
     identity: Mapping[str, Any],
     scale: str,
     task: str | None,
     overrides: Layer,
     arm: Layer,
-    options: Sequence[str],
+    options: Sequence[str] = (),
 ) -> RunConfig:
+    """One run: `identity`, and from below to above the scale, the task, `overrides`, the method's file, `arm`, options.
+
+    Args:
+        identity: study, arm and seed.
+        overrides: what all arms share and the scale says otherwise.
+        arm: ``method`` with its name and parameters.
+
+    Raises:
+        InputError: a name, key, type, range or combination is wrong.
+    """
     asked = read_options(options)
     for key, place in {**IDENTITY, "method.name": "the command"}.items():
         if key in asked.origins:

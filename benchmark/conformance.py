@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmark.groups import Groups
+from benchmark.head import Head
 from benchmark.history import HistoryView, PromptHistory
 from benchmark.method import Change, Kind, Loss, Method, Probe, TokenCredit, Tokens
 
@@ -130,6 +131,7 @@ def update_batches(method: Method, seed: int) -> Iterator[Tokens]:
         pick = torch.multinomial(p, 1, generator=generator)[:, 0]
         log_prob = log_p.gather(1, pick[:, None])[:, 0]
         drift = 0.3 * torch.randn(len(rollout), generator=generator)
+        head = Head(logits, torch.eye(8), pick, step=_descend)
         yield Tokens(
             method.credit(batch)[rollout],
             log_prob,
@@ -141,7 +143,13 @@ def update_batches(method: Method, seed: int) -> Iterator[Tokens]:
             torch.rand(len(rollout), generator=generator),
             method.loss,
             batch.prompt[rollout],
+            head,
+            replace(head, hidden=logits + float(seed % 3 > 0) * 0.3 * torch.randn(logits.shape, generator=generator)),
         )
+
+
+def _descend(gradient: Tensor) -> Tensor:
+    return -gradient
 
 
 # -- the checks ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from __future__ import annotations
 import pkgutil
 from typing import Protocol
 
-from benchmark.collect import Batch, Collector
+from benchmark.collect import Collector
+from benchmark.draws import Batch
 from benchmark.errors import InputError
 from benchmark.update import Updater
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from benchmark import streams
-from benchmark.collect import Batch, Collector, Draw
+from benchmark.collect import Collector
+from benchmark.draws import Batch, Draw
 from benchmark.errors import InputError
 from benchmark.numerics import NumericalError
 from benchmark.rollouts import Rollouts

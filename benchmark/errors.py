@@ -34,6 +34,10 @@ class RunError(Exception):
     """A run or a study cannot go on; the command line prints it as one line and exits with 1."""
 
 
+class MethodError(RuntimeError):
+    """A method returned something that its decision must not return."""
+
+
 _ROOM = "Free some space; the same command then goes on from the last checkpoint"
 _ACCESS = "Make it writable, or choose another folder"
 REMEDIES = {

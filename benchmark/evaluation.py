@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmark.backend import Backend, Request
-from benchmark.collect import Pool
+from benchmark.draws import Pool
 from benchmark.rollouts import Rollouts
 from benchmark.verdict import Verdict
 from benchmark.verifier import Verifier

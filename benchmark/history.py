@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +12,17 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+SHARED = ("batches", "whole")
+
+
+def _column(kind: type, *width: int) -> Callable[[], NDArray[Any]]:
+    """A column without prompts; it becomes one of zeros when their number is known."""
+    return lambda: np.zeros((0, *width), dtype=kind)
+
 
 @dataclass(frozen=True)
 class HistoryView:
-    """What an allocator sees of the prompts of one batch, in batch order. All arrays are (P,).
+    """What an allocator sees of the prompts of one batch, in batch order. All arrays are (P,) unless noted.
 
     Attributes:
         successes: correct rollouts so far, discounted by the decay.
@@ -27,6 +35,15 @@ class HistoryView:
             decay; its expectation is the entropy of the rollouts.
         probe_successes, probe_trials: correct rollouts and rollouts of the probe drawn just now (`Method.probe`),
             0 without one; never part of the counts above.
+        streak: latest visits in a row whose group was all right or all wrong.
+        probe_norm, probe_square: (P, 2) mean gradient norm of the probe's wrong and right rollouts, and mean square of
+            it; 0 without such a rollout (``Probe.gradients``).
+        probe_alignment: (P, 3) agreement of the prompt's gradient with the trusted set's: inner product, cosine,
+            cosine without the noise of the estimate (``Probe.trusted``, `benchmark.probing.alignment`).
+        features: (P, E) embedding of the prompt (`Method.features`), E = 0 without it.
+        batches: (S, 3) per past step, whatever the prompts of this view: shares of groups all wrong and all right,
+            mean over prompts of the success rate.
+        whole: the view of every prompt of the pool, or ``None`` in a view made by hand (see `everyone`).
     """
 
     successes: Floats
@@ -34,16 +51,22 @@ class HistoryView:
     visits: Ints
     last_successes: Ints
     last_trials: Ints
-    tokens: Floats = field(default_factory=lambda: np.zeros(0))
-    surprisal: Floats = field(default_factory=lambda: np.zeros(0))
-    probe_successes: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    probe_trials: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    tokens: Floats = field(default_factory=_column(np.float64))
+    surprisal: Floats = field(default_factory=_column(np.float64))
+    probe_successes: Ints = field(default_factory=_column(np.int64))
+    probe_trials: Ints = field(default_factory=_column(np.int64))
+    streak: Ints = field(default_factory=_column(np.int64))
+    probe_norm: Floats = field(default_factory=_column(np.float64, 2))
+    probe_square: Floats = field(default_factory=_column(np.float64, 2))
+    probe_alignment: Floats = field(default_factory=_column(np.float64, 3))
+    features: Floats = field(default_factory=_column(np.float64, 0))
+    batches: Floats = field(default_factory=_column(np.float64, 3))
+    whole: HistoryView | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for column in fields(self):
-            if not len(getattr(self, column.name)):
-                kind = np.int64 if column.name.startswith("probe") else np.float64
-                object.__setattr__(self, column.name, np.zeros(len(self), dtype=kind))
+        for name, values in self.columns().items():
+            if not len(values):
+                object.__setattr__(self, name, np.zeros((len(self), *values.shape[1:]), dtype=values.dtype))
 
     @classmethod
     def unseen(cls, prompts: int) -> HistoryView:
@@ -54,15 +77,27 @@ class HistoryView:
         """Number of prompts P."""
         return len(self.trials)
 
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """What there is of every prompt, by name; rows are prompts."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in SHARED}
+
+    @property
+    def everyone(self) -> HistoryView:
+        """The view of every prompt of the pool; this view where there is no other."""
+        return self.whole or self
+
     def select(self, prompts: Ints) -> HistoryView:
         """The rows of the given prompts (numbers within the batch), in that order."""
-        return HistoryView(*(getattr(self, column.name)[prompts] for column in fields(self)))
+        rows: dict[str, Any] = {name: values[prompts] for name, values in self.columns().items()}
+        return replace(self, **rows)
 
     @classmethod
     def concatenate(cls, parts: Sequence[HistoryView]) -> HistoryView:
-        """The views of several batches as one, in order; at least one part."""
-        columns = ([getattr(part, column.name) for part in parts] for column in fields(cls))
-        return cls(*map(np.concatenate, columns))
+        """The views of several batches as one, in order; at least one part. What prompts share is the last one's."""
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0].columns()
+        }
+        return replace(parts[-1], **joined)
 
     def posterior(self, prior: tuple[float, float]) -> tuple[Floats, Floats]:
         """Beta posterior parameters (a + successes, b + failures) under a Beta(a, b) prior."""
@@ -76,22 +111,52 @@ class PromptHistory:
     Args:
         size: number of prompts in the training pool.
         half_life: visits after which an outcome counts half; ``None`` keeps everything.
+        features: (size, E) embedding of every prompt.
     """
 
     size: int
     half_life: float | None = None
+    features: Floats = field(default_factory=lambda: np.zeros((0, 0)))
     counts: Floats = field(init=False)
+    batches: Floats = field(init=False)
 
     def __post_init__(self) -> None:
-        # Columns: successes, trials, tokens, surprisal (all discounted), visits, last successes, last trials.
-        self.counts = np.zeros((self.size, 7))
+        # Columns: successes, trials, tokens, surprisal (all discounted), visits, last successes, last trials, streak.
+        self.counts = np.zeros((self.size, 8))
+        self.batches = np.zeros((0, 3))
+        if not len(self.features):
+            self.features = np.zeros((self.size, 0))
+
+    def state(self) -> dict[str, Floats]:
+        """Everything that changes in a run, for a checkpoint."""
+        return {"counts": self.counts, "batches": self.batches}
+
+    def restore(self, state: dict[str, Floats]) -> None:
+        """Go on from `state`."""
+        self.counts, self.batches = state["counts"], state["batches"]
 
     def view(self, prompts: Sequence[int]) -> HistoryView:
         """A snapshot of `prompts`; later updates do not reach it."""
-        rows = self.counts[np.asarray(prompts, dtype=np.int64)]
-        visits, last_successes, last_trials = rows[:, 4:].astype(np.int64).T
+        everyone = self._rows(np.arange(self.size))
+        chosen = everyone.select(np.asarray(prompts, dtype=np.int64))
+        return replace(chosen, whole=everyone)
+
+    def _rows(self, index: Ints) -> HistoryView:
+        rows = self.counts[index]
+        visits, last_successes, last_trials, streak = rows[:, 4:].astype(np.int64).T
         successes, trials, tokens, surprisal = rows[:, :4].T.copy()
-        return HistoryView(successes, trials, visits, last_successes, last_trials, tokens, surprisal)
+        return HistoryView(
+            successes,
+            trials,
+            visits,
+            last_successes,
+            last_trials,
+            tokens,
+            surprisal,
+            streak=streak,
+            features=self.features[index],
+            batches=self.batches,
+        )
 
     def record(
         self,
@@ -115,6 +180,15 @@ class PromptHistory:
         for column, values in enumerate((successes, trials, tokens, surprisal)):
             if values is not None:
                 visit[:, column] = np.asarray(values)[seen]
+        same = (visit[:, 0] == 0) | (visit[:, 0] == visit[:, 1])
         self.counts[index, :4] = self.counts[index, :4] * keep + visit
         self.counts[index, 4] += 1
-        self.counts[index, 5:] = visit[:, :2]
+        self.counts[index, 5:7] = visit[:, :2]
+        self.counts[index, 7] = np.where(same, self.counts[index, 7] + 1, 0)
+
+    def record_step(self, successes: Floats, trials: Floats) -> None:
+        """Add one step to `batches`: `successes` (P,) of `trials` (P,) > 0 over the prompts drawn in it, if any."""
+        if len(trials):
+            rate = successes / trials
+            row = [[(rate == 0).mean(), (rate == 1).mean(), rate.mean()]]
+            self.batches = np.concatenate([self.batches, row])

@@ -6,11 +6,13 @@ other way round); a repeated key is an error instead of a silent overwrite.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +49,11 @@ class Layer:
         """This layer on top of `base`: mappings merge, lists and scalars replace."""
         below = {key: at for key, at in base.origins.items() if key not in self.origins}
         return Layer(_merge(base.values, self.values), {**below, **self.origins})
+
+    def part(self, *sections: str) -> Layer:
+        """The top-level `sections` alone."""
+        values = {key: value for key, value in self.values.items() if key in sections}
+        return Layer(values, {key: at for key, at in self.origins.items() if key.partition(".")[0] in sections})
 
     def moved(self, source: str, target: str, values: Mapping[str, Any]) -> Layer:
         """`values`, written under `source` in this layer, as a layer of its own under `target`."""
@@ -99,12 +106,16 @@ def read_yaml(path: Path) -> Layer:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(f"cannot be read: {reason}", file=path, remedy="Check the path") from None
-    layer = Layer({}, {})
-    values = _parse(text, path, layer.origins)
+    values, origins = _parse_once(text, path)
     if not isinstance(values, dict):
         raise InputError("not a mapping of keys to values", file=path, line=1, remedy="Write 'key: value' lines")
-    layer.values.update(values)
-    return layer
+    return Layer(copy.deepcopy(values), dict(origins))
+
+
+@lru_cache(maxsize=64)
+def _parse_once(text: str, path: Path) -> tuple[Any, dict[str, Origin]]:
+    origins: dict[str, Origin] = {}
+    return _parse(text, path, origins), origins
 
 
 def read_options(options: Iterable[str]) -> Layer:

@@ -124,15 +124,21 @@ class Budget:
         """Amount left after `spent`, both in the budget's currency."""
         return self.amount - spent
 
-    def admit(self, remaining: int, prompts: int, group: int, max_tokens: int, probe: int = 0) -> Admission:
+    def worst(self, max_tokens: int) -> int:
+        """The most that one rollout can cost, in the budget's currency."""
+        return max_tokens if self.currency == "tokens_generated" else 1
+
+    def admit(
+        self, remaining: int, prompts: int, group: int, max_tokens: int, probe: int = 0, fixed: int = 0
+    ) -> Admission:
         """The largest part of ``prompts * group`` rollouts whose worst case fits `remaining` (> 0).
 
-        With `probe` rollouts a prompt ahead of them, as many prompts as fit with both; where not even one does, the
-        probe is left out.
+        With `probe` rollouts a prompt and `fixed` a draw ahead of them, as many prompts as fit with all; where not even
+        one does, the probe is left out.
         """
-        worst = max_tokens if self.currency == "tokens_generated" else 1
-        whole = min(remaining // (worst * (group + probe)), prompts)
-        if probe and whole:
+        worst = self.worst(max_tokens)
+        whole = min((remaining - worst * fixed) // (worst * (group + probe)), prompts)
+        if probe and whole > 0:
             return Admission(whole, whole * group, max_tokens, probe=probe)
         affordable = min(remaining // worst, prompts * group)
         if affordable >= group:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from benchmark.groups import segment_sum
+from benchmark.head import Head
 from benchmark.method import Loss, TokenCredit
 from benchmark.rollouts import Rollouts
 
@@ -55,11 +59,34 @@ def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, loss: L
     return torch.where(advantage < 0, torch.minimum(clipped, -advantage * loss.dual_clip), clipped)
 
 
-def policy_loss(
-    log_prob: Tensor, entropy: Tensor, old_log_prob: Tensor, weights: Tensor, credit: TokenCredit, loss: Loss
+def logit_losses(
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], head: Head, rollout_head: Head, advantage: Tensor
 ) -> Tensor:
-    """The scalar loss of (part of) an update batch: sum over tokens of weight * per-token loss. All inputs (T,)."""
-    per_token = surrogate(log_prob, old_log_prob, credit.advantage, loss)
+    """`Method.logit_loss` of every token, (T,); logits exist for a chunk of rows at a time, backwards as well."""
+
+    def of(rows: slice) -> Tensor:
+        return loss(head.logits(rows), rollout_head.logits(rows), head.token[rows], advantage[rows])
+
+    if len(head.rows) == 1:
+        return of(head.rows[0])
+    return torch.cat([checkpoint(of, rows, use_reentrant=False) for rows in head.rows])
+
+
+def policy_loss(
+    log_prob: Tensor,
+    entropy: Tensor,
+    old_log_prob: Tensor,
+    weights: Tensor,
+    credit: TokenCredit,
+    loss: Loss,
+    per_token: Tensor | None = None,
+) -> Tensor:
+    """The scalar loss of (part of) an update batch: sum over tokens of weight * per-token loss. All inputs (T,).
+
+    `per_token` is the loss under ``surrogate="logits"``, which is no function of the other inputs.
+    """
+    if per_token is None:
+        per_token = surrogate(log_prob, old_log_prob, credit.advantage, loss)
     if credit.kl_coefficient is not None:
         per_token = per_token + credit.kl_coefficient * (log_prob - old_log_prob).abs()
     if loss.entropy_coefficient:

@@ -272,7 +272,7 @@ class Mirror:
             store.artifact(run.run_id, cell.folder / "config.yaml")
             run.described = True
         points, cursors = unsent(cell, run.cursors, status.name == "FINISHED")
-        curves, tips = at_equal_cost(points, run.tips, cell.currency, cell.config["budget"]["amount"])
+        curves, tips = at_equal_cost(points, run.tips, cell.config["budget"]["amount"])
         if points:
             store.send(run.run_id, fresh([*points, *curves], store.last_steps(run.run_id)))
         run.cursors, run.tips = cursors, tips

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmark.jsonl import Row
 
-CURVES = {
+CURVES: Mapping[str, str] = {
     "eval/average_pass_at_1": "average_pass_at_1",
     "train/accuracy_per_prompt_mean": "accuracy_per_prompt_mean",
     "train/tokens_per_rollout_mean": "tokens_per_rollout_mean",
@@ -65,8 +65,7 @@ def evaluation_points(rows: Sequence[Row], currency: str, ks: Iterable[int]) -> 
         average = math.fsum(values[f"eval/{family}_pass_at_{k}"] for family in families) / len(families)
         values[f"eval/average_pass_at_{k}"] = average
     values["eval/tokens_per_rollout_mean"] = sum(row["tokens"] for row in rows) / sum(row["n"] for row in rows)
-    step = int(rows[0]["cost"][currency])
-    return _points({**values, f"cost/{currency}": step}, step)
+    return _points(values, int(rows[0]["cost"][currency]))
 
 
 def result_points(folder: Path, currency: str) -> list[Point]:
@@ -86,7 +85,7 @@ def result_points(folder: Path, currency: str) -> list[Point]:
 
 
 def at_equal_cost(
-    points: Iterable[Point], tips: Mapping[str, tuple[int, float]], currency: str, amount: int
+    points: Iterable[Point], tips: Mapping[str, tuple[int, float]], amount: int
 ) -> tuple[list[Point], dict[str, tuple[int, float]]]:
     """The main curves as ``curve/<name>`` at shares of the budget, which are the same costs in every run.
 
@@ -96,15 +95,14 @@ def at_equal_cost(
     Args:
         points: new ones, ascending in step.
         tips: step and value of the last point of every curve before these.
-        currency, amount: of the budget.
+        amount: the budget, in the currency of the steps.
 
     Returns:
         Points of the curves, and the new tips.
     """
-    names, moved = {**CURVES, f"cost/{currency}": currency}, dict(tips)
-    found: list[Point] = []
+    found, moved = [], dict(tips)
     for point in points:
-        if point.key not in names or point.step <= moved.get(point.key, (-1, 0.0))[0]:
+        if point.key not in CURVES or point.step <= moved.get(point.key, (-1, 0.0))[0]:
             continue
         begin, value = moved.get(point.key, (point.step - 1, point.value))
         last = min(((point.step + 1) * CURVE_POINTS - 1) // amount, CURVE_POINTS)
@@ -112,7 +110,7 @@ def at_equal_cost(
             cost = amount * share // CURVE_POINTS
             if begin < cost <= point.step:
                 reached = value + (point.value - value) * (cost - begin) / (point.step - begin)
-                found.append(Point(f"curve/{names[point.key]}", reached, cost))
+                found.append(Point(f"curve/{CURVES[point.key]}", reached, cost))
         moved[point.key] = (point.step, point.value)
     return found, moved
 

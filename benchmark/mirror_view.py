@@ -38,7 +38,6 @@ def view_path(experiment: str) -> str:
 
 def view_state(currency: str, arms: Sequence[str]) -> dict[str, Any]:
     """State of the interface: runs grouped by arm, curves over cost, averages over seeds."""
-    axis = f"curve/{currency}"
     common = {"deleted": False, "isGenerated": False, "metricSectionId": _SECTION, "runsCountToCompare": 100}
     lines = [
         {
@@ -47,8 +46,8 @@ def view_state(currency: str, arms: Sequence[str]) -> dict[str, Any]:
             "type": "LINE",
             "metricKey": f"curve/{name}",
             "selectedMetricKeys": [f"curve/{name}"],
-            "xAxisKey": "metric",
-            "selectedXAxisMetricKey": axis,
+            "xAxisKey": "step",
+            "selectedXAxisMetricKey": "",
             "xAxisScaleType": "linear",
             "scaleType": "linear",
             "lineSmoothness": 0,
@@ -79,7 +78,7 @@ def view_state(currency: str, arms: Sequence[str]) -> dict[str, Any]:
         "compareRunSections": [
             {
                 "uuid": _SECTION,
-                "name": NAME,
+                "name": f"{NAME}: step = {currency}",
                 "display": True,
                 "isReordered": True,
                 "deleted": False,

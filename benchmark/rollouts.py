@@ -67,6 +67,18 @@ class Rollouts:
             finished=self.finished[rows],
         )
 
+    def select_rows(self, rows: Tensor) -> Rollouts:
+        """Some rollouts (int64, ascending); every prompt stays, if need be without one."""
+        flat = ragged_index(rows, self.length)
+        return replace(
+            self,
+            prompt=self.prompt[rows],
+            tokens=self.tokens[flat],
+            length=self.length[rows],
+            log_prob=self.log_prob[flat],
+            finished=self.finished[rows],
+        )
+
     def rows_of(self, prompts: Tensor) -> Tensor:
         """Rollout numbers of the groups of `prompts`, in the order `select_prompts` keeps them."""
         return torch.cat([torch.nonzero(self.prompt == p).flatten() for p in prompts.tolist()] or [self.prompt[:0]])
@@ -89,6 +101,22 @@ class Rollouts:
     def texts(self) -> list[list[int]]:
         """Generated token ids per rollout."""
         return [piece.tolist() for piece in torch.split(self.tokens, self.length.tolist())]
+
+
+def merge(first: Rollouts, second: Rollouts) -> tuple[Rollouts, Tensor]:
+    """Two rounds of the same prompts as one batch, and the order (R,) its rollouts have in first + second."""
+    order = torch.argsort(torch.cat([first.prompt, second.prompt]), stable=True)
+    length = torch.cat([first.length, second.length])
+    flat = ragged_index(order, length)
+    joined = replace(
+        first,
+        prompt=torch.cat([first.prompt, second.prompt])[order],
+        tokens=torch.cat([first.tokens, second.tokens])[flat],
+        length=length[order],
+        log_prob=torch.cat([first.log_prob, second.log_prob])[flat],
+        finished=torch.cat([first.finished, second.finished])[order],
+    )
+    return joined, order
 
 
 def concatenate(parts: list[Rollouts]) -> Rollouts:

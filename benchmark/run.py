@@ -16,8 +16,9 @@ import yaml
 
 from benchmark import backend, bundle, checkpoint, engine, machine, registry
 from benchmark.clock import Clock
-from benchmark.collect import Collector, Pool
+from benchmark.collect import Collector
 from benchmark.config import RunConfig
+from benchmark.draws import Pool
 from benchmark.errors import InputError, RunError, storing
 from benchmark.evaluation import Evaluator
 from benchmark.history import PromptHistory
@@ -33,6 +34,7 @@ from benchmark.jsonl import (
 from benchmark.ledger import UNCHARGED_PHASES, Budget, Ledger, Prices
 from benchmark.numerics import NumericalError
 from benchmark.policy import Policy, prepare_machine
+from benchmark.probing import prompt_features
 from benchmark.problems import load_task
 from benchmark.step_metrics import allocation_row, rollout_metrics
 from benchmark.trace import EvaluationTrace, Trace
@@ -90,7 +92,8 @@ def run_cell(
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
         if isinstance(error, NumericalError):
             where = bundle.save(run, error)
-            error.args = (f"{error}. Lower optimiser.learning_rate, or see `rolloutbench replay-batch {where}`",)
+            told = f"{config.arm}, seed {config.seed}, step {run.step}: {error}"
+            error.args = (f"{told}. Lower optimiser.learning_rate; `rolloutbench replay-batch {where}` runs it again",)
         # What cannot be written any more must not hide why; a deleted folder does not come back.
         with contextlib.suppress(RunError):
             if (out / "config.yaml").exists():
@@ -170,8 +173,15 @@ class Run:
         self.save_after = time.monotonic() + CHECKPOINT_SECONDS
         self.ledger = Ledger(out / "ledger.jsonl")
         self.trace = Trace(policy, train)
-        self._resume()
+        with self.clock.phase("forward"):
+            features = prompt_features(policy.fused(), pool.tokens) if self.method.features else None
+        fresh = not self._resume()
         self.records = {name: Record(out / name) for name in RECORDS} | {"ledger.jsonl": self.ledger.record}
+        if features is not None:
+            self.history.features = features
+            if fresh:
+                read = sum(map(len, pool.tokens))
+                self.ledger.charge(0, "features", tokens_scored=read, flops=self.prices.forward(read))
         self.collector = Collector(
             self.method,
             pool,
@@ -196,6 +206,7 @@ class Run:
             self.prices,
             self.clock,
             updates=self.updates,
+            signal=self.signal,
             trace=self.trace,
         )
         self.engine = engine.load(self.method.engine)(self.collector, self.updater)
@@ -285,33 +296,38 @@ class Run:
             "place": self.collector.place,
             "points": self.points,
             "updates": self.updater.updates,
+            "signal": self.updater.signal,
             "elapsed": self.elapsed + time.time() - self.started,
             "seconds": self.seconds,
             "ledger": self.ledger.state(),
             "trace": self.trace.rows,
             "records": {name: fingerprint(self.out / name) for name in RECORDS},
         }
-        history = torch.from_numpy(self.history.counts)
+        history = {name: torch.from_numpy(values) for name, values in self.history.state().items()}
         checkpoint.save(self.out / "checkpoint", self.policy, self.optimiser, history, state)
         now = time.monotonic()
         self.saved = (self.step, self.points)
         self.save_after = now + max(CHECKPOINT_SECONDS, 20 * (now - begin))
 
-    def _resume(self) -> None:
-        """Continue from the newest whole checkpoint, or from nothing: records are cut back to what it knew."""
+    def _resume(self) -> bool:
+        """Continue from the newest whole checkpoint, or (False) from nothing: records are cut back to what it knew."""
         found = checkpoint.latest(self.out / "checkpoint", self._fits)
         self.place = self.updates = 0
+        self.signal = [0.0, 0.0, 0.0]
         for name in RECORDS:
             restart(self.out / name, 0 if found is None else found[1]["records"].get(name, (0, ""))[0])
         if found is None:
-            return
+            return False
         file, state = found
-        self.history.counts = checkpoint.load(file, self.policy, self.optimiser).numpy()
+        history = checkpoint.load(file, self.policy, self.optimiser)
+        self.history.restore({name: values.numpy() for name, values in history.items()})
         self.step, self.place, self.points = state["step"], state["place"], state["points"]
         self.saved = (self.step, self.points)
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]
+        self.signal = state["signal"]
         self.trace.restore(state.get("trace", []))
         self.ledger = Ledger.restore(self.out / "ledger.jsonl", state["ledger"])
+        return True
 
     def _fits(self, state: dict[str, Any]) -> bool:
         """Whether the records still begin with what they held when the checkpoint was written."""

@@ -161,10 +161,13 @@ def forward_hidden(
     return rms_norm(x, weights.norm, shape.norm_eps), cache
 
 
-def score(weights: Weights, batch: Rollouts, *, temperature: float = 1.0, tile_rows: int = 48) -> TokenStatistics:
-    """Statistics of every generated token of `batch` under `weights`, (T,) each, in the batch's token order."""
+def states(weights: Weights, batch: Rollouts, tile_rows: int = 48) -> Tensor:
+    """Hidden states from which `weights` predict every generated token of `batch`, (T, d), in its token order."""
     packed = layout(batch, tile_rows)
     hidden, _ = forward_hidden(weights, packed)
-    return vocabulary_statistics(
-        F.embedding(packed.source, hidden), weights.head, batch.tokens, temperature=temperature
-    )
+    return F.embedding(packed.source, hidden)
+
+
+def score(weights: Weights, batch: Rollouts, *, temperature: float = 1.0, tile_rows: int = 48) -> TokenStatistics:
+    """Statistics of every generated token of `batch` under `weights`, (T,) each, in the batch's token order."""
+    return vocabulary_statistics(states(weights, batch, tile_rows), weights.head, batch.tokens, temperature=temperature)

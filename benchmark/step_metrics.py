@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmark.collect import Batch
+from benchmark.draws import Batch
 from benchmark.groups import segment_sum
 from benchmark.verdict import Verdict
 

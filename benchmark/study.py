@@ -14,13 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from benchmark.cells import Cell, LeaseLostError, claim, owner, read_json
+from benchmark.cells import Cell, LeaseLostError, RunCell, claim, owner, read_json
 from benchmark.compose import Plan
 from benchmark.config import RunConfig, digest
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_json
 from benchmark.progress import Bar, Display
-from benchmark.workers import Pool, RunCell, default_workers
+from benchmark.workers import Pool, default_workers
 
 if TYPE_CHECKING:
     from benchmark.run import RunProgress
@@ -136,13 +136,14 @@ def run_study(
     atomic_write_json(folder / "plan.json", record)
     invocation = uuid.uuid4().hex
     interrupts = Interrupts()
-    with _mirrored(tracking_uri, folder, plan.study.study, display):
+    with mirrored(tracking_uri, folder, plan.study.study, display):
         if missing:
             _warm_up([cell.config for cell in missing], prepare, display)
             count = min(workers or default_workers(), len(missing))
             pool = Pool(cells, count, invocation, folder / "workers.log", run)
+            finished: dict[str, int] = {}
             with interrupts:
-                _supervise(pool, interrupts, display)
+                supervise(pool, interrupts, display, lambda: bars(cells, finished))
         failed = {cell.folder.name: why for cell in cells if (why := cell.failure(invocation)) is not None}
         done = sum(cell.result() is not None for cell in cells)
         if failed:
@@ -222,14 +223,18 @@ def bars(cells: Sequence[Cell], done: dict[str, int]) -> tuple[Bar, list[Bar]]:
     return Bar(total, spent + sum(done.values()), planned, currency), running
 
 
-def _supervise(pool: Pool, interrupts: Interrupts, display: Display) -> None:
-    finished: dict[str, int] = {}
+def supervise(pool: Pool, interrupts: Interrupts, display: Display, look: Callable[[], tuple[Bar, list[Bar]]]) -> None:
+    """Let the workers of `pool` run until nothing is left, or until they are told to stop.
+
+    Args:
+        look: total and running bars, as they are now.
+    """
     told = False
     try:
         with display:
             pool.start()
             while pool.poll():
-                display.update(*bars(pool.cells, finished))
+                display.update(*look())
                 if interrupts.count and not told:
                     told = True
                     display.note("Stopping after the step at hand; press Ctrl-C again to stop at once")
@@ -266,7 +271,7 @@ def warm_up(config: RunConfig) -> str | Path:
 
 
 @contextlib.contextmanager
-def _mirrored(uri: str | None, folder: Path, experiment: str, display: Display) -> Iterator[None]:
+def mirrored(uri: str | None, folder: Path, experiment: str, display: Display) -> Iterator[None]:
     """Let MLflow follow the files from a thread of its own, and catch up at the end."""
     if uri is None:
         yield

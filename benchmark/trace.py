@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmark.backend import Backend
-from benchmark.collect import Batch
+from benchmark.draws import Batch
 from benchmark.jsonl import Row
 from benchmark.method import TokenCredit
 from benchmark.policy import Policy
@@ -74,7 +74,7 @@ class Trace:
                 continue
             rows = torch.nonzero(part.prompt == place).flatten()[:ROLLOUTS]
             flat = ragged_index(rows, part.length)
-            group = _rows(part, rows)
+            group = part.select_rows(rows)
             given = credit.advantage[flat]
             if credit.mask is not None:
                 given = given * credit.mask[flat]
@@ -134,21 +134,13 @@ class EvaluationTrace:
             begin = place * per_item
             own = verdicts[begin : begin + per_item]
             rows = torch.arange(begin, begin + min(SAMPLES, per_item), device=rollouts.prompt.device)
-            few = _rows(rollouts.select_prompts(torch.tensor([place], device=rows.device)), rows - begin)
+            few = rollouts.select_prompts(torch.tensor([place], device=rows.device)).select_rows(rows - begin)
             seen = self.backend.score(few, self.temperature)
             self.tokens += len(few.tokens)
             self.read += len(few.tokens) + len(few.prompt_tokens)
             told = head(self.step, "evaluation", self.items[number], own)
             made = spell(self.backend.policy, few, own[:SAMPLES], {"entropy": seen.entropy})
             self.rows.append(told | {"rollouts": made})
-
-
-def _rows(rollouts: Rollouts, rows: Tensor) -> Rollouts:
-    """Some rollouts, prompts left as they are."""
-    flat = ragged_index(rows, rollouts.length)
-    columns = {name: getattr(rollouts, name)[flat] for name in ("tokens", "log_prob")}
-    columns |= {name: getattr(rollouts, name)[rows] for name in ("prompt", "length", "finished")}
-    return replace(rollouts, **columns)
 
 
 def head(step: int, phase: str, item: Item, verdicts: Sequence[Verdict]) -> Row:

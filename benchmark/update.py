@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmark import streams
+from benchmark.averages import Averages, observe
 from benchmark.backend import Backend, Piece
 from benchmark.clock import Clock
-from benchmark.collect import Batch
 from benchmark.config import OptimiserConfig
+from benchmark.draws import Batch
+from benchmark.errors import MethodError
+from benchmark.head import Head, Meter, adam_step
 from benchmark.ledger import Ledger, Prices
-from benchmark.losses import policy_loss, token_weights
-from benchmark.method import Loss, Method, TokenCredit, Tokens
-from benchmark.numerics import FailedBatch, NumericalError, check_tokens
+from benchmark.losses import logit_losses, policy_loss, token_weights
+from benchmark.method import SIGNAL_DECAY, Method, Signal, TokenCredit, Tokens
+from benchmark.numerics import Checks, Minibatch, require, sound
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts, ragged_index
-from benchmark.scoring import TokenStatistics
+from benchmark.scoring import TokenStatistics, vocabulary_statistics
 from benchmark.trace import Trace
-
-
-@dataclass
-class Averages:
-    """Token- or update-weighted means of metrics, kept as tensors until read (no sync per update)."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, name: str, value: Tensor, weight: float = 1.0) -> None:
-        """Count the scalar `value` with `weight` towards the mean of `name`."""
-        self.sums[name] = self.sums.get(name, torch.zeros(())) + value.detach() * weight
-        self.weights[name] = self.weights.get(name, 0.0) + weight
-
-    def maximum(self, name: str, value: Tensor) -> None:
-        """Raise the maximum of `name` to the scalar `value`."""
-        old = self.maxima.get(name)
-        self.maxima[name] = value.detach() if old is None else torch.maximum(old, value.detach())
-
-    def read(self) -> dict[str, float]:
-        """Every mean and maximum so far; waits for the device."""
-        means = {name: float(total) / self.weights[name] for name, total in self.sums.items()}
-        return means | {name: float(value) for name, value in self.maxima.items()}
 
 
 def make_optimiser(policy: Policy, config: OptimiserConfig) -> torch.optim.AdamW:
@@ -56,6 +37,14 @@ def make_optimiser(policy: Policy, config: OptimiserConfig) -> torch.optim.AdamW
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A forward pass: statistics of every token, and the output layer behind them where the method asks for it."""
+
+    statistics: TokenStatistics
+    head: Head | None = None
 
 
 @dataclass
@@ -72,6 +61,7 @@ class Updater:
     prices: Prices
     clock: Clock
     updates: int = 0
+    signal: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # running weight, product, square
     trace: Trace | None = None
 
     def update(self, step: int, batch: Batch) -> dict[str, float]:
@@ -81,7 +71,7 @@ class Updater:
             NumericalError: a loss, gradient norm, log-probability, ratio, entropy or advantage is not finite or out of
                 range; it holds the minibatch, and the weights are those from before it.
         """
-        advantage = self.method.credit(batch.groups)
+        advantage = self.method.credit(batch.groups)[batch.rows]
         if self.trace is not None:
             self.trace.begin(step, batch)
         metrics = Averages()
@@ -89,6 +79,7 @@ class Updater:
         rollouts, correction = batch.rollouts, None
         if not self.backend.exact:
             rollouts, correction = self._rescore(step, rollouts, metrics)
+        sampler = self._sampler(step, rollouts) if "rollout_head" in self.method.needs else None
         for epoch in range(self.config.epochs):
             order = streams.generator(self.seed, "minibatch", step, epoch).permutation(batch.rollouts.prompts)
             for prompts in torch.from_numpy(order).to(advantage.device).tensor_split(self.config.minibatches_per_batch):
@@ -96,42 +87,26 @@ class Updater:
                 if len(part) == 0:
                     continue
                 rows = rollouts.rows_of(prompts)
-                weight = None if correction is None else correction[ragged_index(rows, rollouts.length)]
-                self._guarded(step, prompts, part, advantage[rows], weight, batch.groups.max_tokens, metrics)
+                flat = ragged_index(rows, rollouts.length)
+                weight = None if correction is None else correction[flat]
+                before = None if sampler is None else sampler[flat]
+                given = Minibatch(part, advantage[rows], weight, before, step, batch.groups.max_tokens)
+                self._minibatch(prompts, given, metrics)
                 trained += len(part.tokens)
         prompt_tokens = int(batch.rollouts.prompt_length.sum()) * self.config.epochs
         both = self.prices.forward(trained + prompt_tokens) + self.prices.backward(trained + prompt_tokens)
         self.ledger.charge(step, "backprop", tokens_backpropagated=trained, flops=both)
         return metrics.read()
 
-    def again(self, batch: FailedBatch) -> dict[str, float]:
-        """The update of one saved minibatch; its metrics.
+    def again(self, batch: Minibatch) -> dict[str, float]:
+        """The update of one minibatch that was kept; its metrics.
 
         Raises:
             NumericalError: it fails again.
         """
-        assert batch.advantage is not None
-        metrics, prompts = Averages(), torch.arange(batch.rollouts.prompts, device=batch.advantage.device)
-        given = (batch.rollouts, batch.advantage, batch.correction, batch.max_tokens)
-        self._guarded(batch.step, prompts, *given, metrics)
+        metrics = Averages()
+        self._minibatch(torch.arange(batch.rollouts.prompts, device=batch.rollouts.tokens.device), batch, metrics)
         return metrics.read()
-
-    def _guarded(
-        self,
-        step: int,
-        prompts: Tensor,
-        part: Rollouts,
-        advantage: Tensor,
-        correction: Tensor | None,
-        max_tokens: int,
-        metrics: Averages,
-    ) -> None:
-        try:
-            self._minibatch(step, prompts, part, advantage, correction, max_tokens, metrics)
-        except NumericalError as error:
-            where = f"step {step}, update {self.updates} of {type(self.method).__name__}"
-            batch = FailedBatch(part, advantage, correction, step, self.updates, max_tokens)
-            raise NumericalError(f"{where}: {error}", batch) from None
 
     def _rescore(self, step: int, rollouts: Rollouts, metrics: Averages) -> tuple[Rollouts, Tensor | None]:
         """`rollouts` with the trainer's log-probabilities, and the weight that corrects each token for the sampler's.
@@ -150,68 +125,113 @@ class Updater:
         metrics.add("policy/importance_truncated_fraction", (gap.exp() > cap).float().mean(), count)
         return rescored, gap.exp().clamp(max=cap)
 
-    def _minibatch(
-        self,
-        step: int,
-        prompts: Tensor,
-        part: Rollouts,
-        advantage: Tensor,
-        correction: Tensor | None,
-        max_tokens: int,
-        metrics: Averages,
-    ) -> None:
-        pieces = self.backend.split(part)
+    def _sampler(self, step: int, rollouts: Rollouts) -> Head:
+        """The output layer of the policy that sampled, at every token of the batch; one more forward pass."""
+        parts = self._score_ahead(step, rollouts, self.backend.split(rollouts))
+        heads = [part.head for part in parts if part.head is not None]
+        hidden = torch.cat([head.hidden for head in heads])
+        # The updates of this batch change the head in place.
+        return replace(heads[0], hidden=hidden, weight=heads[0].weight.detach().clone(), token=rollouts.tokens)
+
+    def _minibatch(self, prompts: Tensor, batch: Minibatch, metrics: Averages) -> None:
+        step, part, sampler = batch.step, batch.rollouts, batch.sampler
+        pieces, middle = self._pieces(part)
         rollout = torch.repeat_interleave(torch.arange(len(part), device=part.tokens.device), part.length)
-        advantage = advantage[rollout]
+        advantage = batch.advantage[rollout]
         credit = TokenCredit(advantage)
-        # A minibatch of one piece is scored once, for the method's eyes and for its gradient.
-        ready = [self._score(part)] if len(pieces) == 1 else []
+        # A minibatch that fits in one pass is scored once, for the method's eyes and for its gradient.
+        fits = len(pieces) == 1 or len(self.backend.split(part)) == 1
+        ready = [self._score(rows) for rows, _, _ in pieces] if fits else []
         if self.method.modulates:
-            seen = _join(ready or self._score_ahead(step, part, pieces))
-            check_tokens(seen, part.log_prob, advantage, self.backend.policy.vocabulary)
-            credit = self.method.modulate(self._tokens(step, part, advantage, rollout, seen))
-        weights = token_weights(part, self.method.loss, max_tokens, credit.mask)
-        if correction is not None:
-            weights = weights * correction
+            ahead = ready or self._score_ahead(step, part, pieces)
+            tokens = self._tokens(step, part, advantage, rollout, ahead, sampler)
+            with batch.blamed(lambda: sound(_join(ahead), part.log_prob, advantage, self.backend.policy.vocabulary)):
+                credit = self.method.modulate(tokens)
+            if tokens.head is not None and tokens.head.meter.flops:
+                self.ledger.charge(step, "head", flops=tokens.head.meter.flops)
+        weights = token_weights(part, self.method.loss, batch.max_tokens, credit.mask)
+        if batch.correction is not None:
+            weights = weights * batch.correction
         self.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=part.tokens.device)
-        scored: list[TokenStatistics] = []
+        scored: list[Scored] = []
+        half: Tensor | None = None
         for rows, begin, end in pieces:
-            piece = ready.pop() if ready else self._score(rows)
+            piece = ready.pop(0) if ready else self._score(rows)
             here = slice(begin, end)
-            local = TokenCredit(
-                credit.advantage[here],
-                kl_coefficient=None if credit.kl_coefficient is None else credit.kl_coefficient[here],
-            )
-            with self.clock.phase("forward"):
-                loss = policy_loss(
-                    piece.log_prob, piece.entropy, part.log_prob[here], weights[here], local, self.method.loss
-                )
+            loss = self._loss(piece, part, here, weights, credit, sampler)
             with self.clock.phase("backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-            scored.append(_join([piece]))
+            scored.append(Scored(_join([piece])))
+            half = self._gradient() if end == middle else half
         whole = _join(scored)
-        check_tokens(whole, part.log_prob, credit.advantage, self.backend.policy.vocabulary)
-        self._step(total, metrics)
-        _observe(whole, part.log_prob, advantage, credit, self.method.loss, metrics)
+        good = sound(whole, part.log_prob, credit.advantage, self.backend.policy.vocabulary)
+        self._step(batch, good | {"loss": torch.isfinite(total)}, half, metrics)
+        metrics.add("optim/loss", total)
+        observe(whole, part.log_prob, advantage, credit, self.method.loss, metrics)
         if self.trace is not None:
             self.trace.observe(prompts, part, whole, advantage, credit)
 
-    def _score(self, rows: Rollouts) -> TokenStatistics:
-        with self.clock.phase("forward"):
-            return self.backend.score(rows, self.temperature)
+    def _pieces(self, part: Rollouts) -> tuple[list[Piece], int]:
+        """The passes of a minibatch, and the token at which its second half begins where a method needs both apart."""
+        half = part.prompts // 2
+        middle = int(part.length[part.prompt < half].sum())
+        if "signal" not in self.method.needs or middle in (0, len(part.tokens)):
+            return self.backend.split(part), -1
+        number = torch.arange(part.prompts, device=part.tokens.device)
+        low, high = part.select_prompts(number[:half]), part.select_prompts(number[half:])
+        later = [(rows, middle + begin, middle + end) for rows, begin, end in self.backend.split(high)]
+        return [*self.backend.split(low), *later], middle
 
-    def _score_ahead(self, step: int, part: Rollouts, pieces: list[Piece]) -> list[TokenStatistics]:
-        """Statistics of a minibatch too large for one pass, before its gradients: methods see all of it at once."""
+    def _loss(
+        self,
+        piece: Scored,
+        part: Rollouts,
+        here: slice,
+        weights: Tensor,
+        credit: TokenCredit,
+        sampler: Head | None,
+    ) -> Tensor:
+        """The loss of the tokens `here` of a minibatch, with its graph."""
+        seen, loss = piece.statistics, self.method.loss
+        kl = None if credit.kl_coefficient is None else credit.kl_coefficient[here]
+        local = TokenCredit(credit.advantage[here], kl_coefficient=kl)
+        with self.clock.phase("forward"):
+            per_token = None
+            if loss.surrogate == "logits":
+                if piece.head is None or sampler is None:
+                    raise MethodError(f"{type(self.method).__name__}: a loss on logits `needs` head and rollout_head")
+                per_token = logit_losses(self.method.logit_loss, piece.head, sampler[here], local.advantage)
+            return policy_loss(seen.log_prob, seen.entropy, part.log_prob[here], weights[here], local, loss, per_token)
+
+    def _score(self, rows: Rollouts) -> Scored:
+        with self.clock.phase("forward"):
+            if not self.method.needs & {"head", "rollout_head"}:
+                return Scored(self.backend.score(rows, self.temperature))
+            hidden, weight = self.backend.states(rows)
+            statistics = vocabulary_statistics(hidden, weight, rows.tokens, temperature=self.temperature)
+            return Scored(statistics, Head(hidden, weight, rows.tokens, self.temperature))
+
+    def _score_ahead(self, step: int, part: Rollouts, pieces: list[Piece]) -> list[Scored]:
+        """Statistics of rollouts before any gradient: methods see all of an update batch at once."""
         with torch.no_grad():
             parts = [self._score(rows) for rows, _, _ in pieces]
         read = len(part.tokens) + int(part.prompt_length.sum())
         self.ledger.charge(step, "score", tokens_scored=len(part.tokens), flops=self.prices.forward(read))
         return parts
 
-    def _tokens(self, step: int, part: Rollouts, advantage: Tensor, rollout: Tensor, seen: TokenStatistics) -> Tokens:
+    def _tokens(
+        self,
+        step: int,
+        part: Rollouts,
+        advantage: Tensor,
+        rollout: Tensor,
+        scored: Sequence[Scored],
+        sampler: Head | None,
+    ) -> Tokens:
         draws = streams.generator(self.seed, "token", step, self.updates).random(len(part.tokens))
+        seen, meter = _join(scored), Meter()
         return Tokens(
             advantage,
             seen.log_prob,
@@ -223,42 +243,62 @@ class Updater:
             torch.from_numpy(draws).to(advantage),
             self.method.loss,
             part.prompt[rollout],
+            self._head(scored, part, meter),
+            None if sampler is None else replace(sampler, meter=meter),
         )
 
-    def _step(self, loss: Tensor, metrics: Averages) -> None:
+    def _head(self, scored: Sequence[Scored], part: Rollouts, meter: Meter) -> Head | None:
+        """The output layer at every token of the minibatch, detached, with the step that the optimiser would take."""
+        heads = [piece.head for piece in scored if piece.head is not None]
+        if not heads:
+            return None
+        hidden = torch.cat([head.hidden.detach() for head in heads])
+        parameter = self.backend.policy.model.get_output_embeddings().weight
+        step = partial(adam_step, self.optimiser, parameter, self._rate)
+        return replace(heads[0].detach(), hidden=hidden, token=part.tokens, step=step, meter=meter)
+
+    def _gradient(self) -> Tensor:
+        """The gradient so far, all weights as one vector (D,)."""
+        grads = [parameter.grad for parameter in self.backend.policy.parameters().values()]
+        return torch.cat([grad.flatten() for grad in grads if grad is not None])
+
+    def _factor(self, batch: Minibatch, good: Checks, half: Tensor | None, metrics: Averages) -> float:
+        """What the method makes of the learning rate; `half` is the gradient of the first half's prompts (D,)."""
+        if half is None:
+            return 1.0
+        whole = self._gradient()
+        now = (1.0, 4 * float(half @ (whole - half)), float(whole @ whole))
+        if not all(map(math.isfinite, now)):
+            require(good | {"gradient": torch.isfinite(whole)}, batch)
+        self.signal = [SIGNAL_DECAY * old + (1 - SIGNAL_DECAY) * new for old, new in zip(self.signal, now, strict=True)]
+        weight, product, square = self.signal
+        factor = self.method.learning_rate(Signal(product / weight, square / weight))
+        if not 0 <= factor < float("inf"):
+            raise MethodError(f"{type(self.method).__name__}.learning_rate returned {factor}; it must be finite, >= 0")
+        metrics.add("optim/signal_product", torch.tensor(now[1]))
+        metrics.add("optim/signal_square", torch.tensor(now[2]))
+        return factor
+
+    @property
+    def _rate(self) -> float:
+        """The configured learning rate of the next update."""
+        return self.config.learning_rate * min(1.0, (self.updates + 1) / max(1, self.config.warmup_steps))
+
+    def _step(self, batch: Minibatch, good: Checks, half: Tensor | None, metrics: Averages) -> None:
+        factor = self._factor(batch, good, half, metrics)
         with self.clock.phase("optimiser"):
-            warm = min(1.0, (self.updates + 1) / max(1, self.config.warmup_steps))
+            rate = self._rate * factor
             for group in self.optimiser.param_groups:
-                group["lr"] = self.config.learning_rate * warm
+                group["lr"] = rate
             norm = torch.nn.utils.clip_grad_norm_(self.backend.policy.parameters().values(), self.config.gradient_clip)
-            if not bool(torch.isfinite(norm + loss)):
-                raise NumericalError(f"loss {float(loss)}, gradient norm {float(norm)}")
+            require(good | {"gradient norm": torch.isfinite(norm)}, batch)
             self.optimiser.step()
         self.updates += 1
-        metrics.add("optim/loss", loss)
         metrics.add("optim/gradient_norm", norm)
-        metrics.add("optim/learning_rate", torch.tensor(self.config.learning_rate * warm))
+        metrics.add("optim/learning_rate", torch.tensor(rate))
 
 
-def _join(parts: Sequence[TokenStatistics]) -> TokenStatistics:
+def _join(parts: Sequence[Scored]) -> TokenStatistics:
     """The statistics of consecutive pieces as one, detached."""
-    columns = ([getattr(part, field.name).detach() for part in parts] for field in fields(TokenStatistics))
+    columns = ([getattr(part.statistics, field.name).detach() for part in parts] for field in fields(TokenStatistics))
     return TokenStatistics(*map(torch.cat, columns))
-
-
-def _observe(
-    seen: TokenStatistics, old_log_prob: Tensor, advantage: Tensor, credit: TokenCredit, loss: Loss, metrics: Averages
-) -> None:
-    """Policy and modulation metrics of one update, token-weighted, as its gradient saw them."""
-    count = float(len(advantage))
-    change = seen.log_prob - old_log_prob
-    ratio = change.exp()
-    metrics.add("policy/entropy_nats", seen.entropy.mean(), count)
-    metrics.add("policy/kl_old_nats", (ratio - 1 - change).mean(), count)
-    metrics.maximum("policy/ratio_max", ratio.max())
-    given = credit.advantage
-    metrics.add("policy/clip_high_fraction", ((given > 0) & (ratio > 1 + loss.clip_high)).float().mean(), count)
-    metrics.add("policy/clip_low_fraction", ((given < 0) & (ratio < 1 - loss.clip_low)).float().mean(), count)
-    active = advantage != 0
-    if bool(active.any()):
-        metrics.add("modulation/factor_mean", (given[active] / advantage[active]).mean(), float(active.sum()))

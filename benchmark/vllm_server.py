@@ -2,7 +2,7 @@
 
     python -m benchmark.vllm_server MODEL [vLLM options, e.g. --port 8000 --tensor-parallel-size 4]
 
-It is ``vllm serve`` with the switches that training needs: development mode (new weights come through
+It is vLLM's OpenAI server with the switches that training needs: development mode (new weights come through
 ``/collective_rpc``: let nobody else reach the port), full-softmax sampling, log-probabilities after temperature.
 """
 
@@ -22,7 +22,7 @@ SWITCHES = {
 
 
 def command(arguments: list[str]) -> list[str]:
-    """The ``vllm serve`` command for MODEL and options; an option given by the user goes first.
+    """The command of the server for MODEL and options; an option given by the user goes first.
 
     Raises:
         InputError: no model is named.
@@ -31,7 +31,8 @@ def command(arguments: list[str]) -> list[str]:
         raise InputError("no model", key="MODEL", remedy="python -m benchmark.vllm_server MODEL [vLLM options]")
     given = {argument.removeprefix("--").partition("=")[0] for argument in arguments}
     extra = [part for name, value in SWITCHES.items() if name not in given for part in (f"--{name}", value)]
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments, *extra]
+    # Not the `vllm` command: it asks for a distribution of that name, which the CPU build does not have.
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *arguments, *extra]
 
 
 def main() -> None:

@@ -13,17 +13,16 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 
-from benchmark.cells import Cell, Lease, LeaseLostError, claim_next, left_by
-from benchmark.config import RunConfig
+from benchmark.cells import Job, Lease, LeaseLostError, RunCell, claim_next, left_by
 from benchmark.errors import RunError, StorageError
 
 IDLE_SECONDS = 0.5
@@ -33,13 +32,6 @@ ONE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-
-
-class RunCell(Protocol):
-    """What a worker calls to run or resume a cell (`benchmark.run.run_cell`)."""
-
-    def __call__(self, config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
-        """Run `config` into `out`, ``result.json`` last; raise after a checkpoint once `should_stop`."""
 
 
 class WorkersFailedError(RunError):
@@ -56,7 +48,7 @@ def default_workers() -> int:
     return max(1, cores)
 
 
-def work(cells: Sequence[Cell], invocation: str, log: Path, stop: Event, run: RunCell | None = None) -> None:
+def work(cells: Sequence[Job], invocation: str, log: Path, stop: Event, run: RunCell | None = None) -> None:
     """Body of a worker process: run cells until none is left that this invocation has not tried.
 
     Cells that other processes hold are waited for, so that a dead owner's cell is taken over.
@@ -71,7 +63,7 @@ def work(cells: Sequence[Cell], invocation: str, log: Path, stop: Event, run: Ru
         sys.exit(os.EX_IOERR)
 
 
-def _work(cells: Sequence[Cell], invocation: str, log: Path, stop: Event, run: RunCell | None) -> None:
+def _work(cells: Sequence[Job], invocation: str, log: Path, stop: Event, run: RunCell | None) -> None:
     with _output_to(log):
         train = run or _run_cell()
         left = list(cells)
@@ -94,7 +86,7 @@ def _run_cell() -> RunCell:
     return run_cell
 
 
-def _attempt(cell: Cell, lease: Lease, invocation: str, stop: Event, run: RunCell) -> None:
+def _attempt(cell: Job, lease: Lease, invocation: str, stop: Event, run: RunCell) -> None:
     stopping = False
 
     def should_stop() -> bool:
@@ -106,8 +98,7 @@ def _attempt(cell: Cell, lease: Lease, invocation: str, stop: Event, run: RunCel
 
     with _output_to(cell.folder / "run.log"):
         try:
-            cell.check()
-            run(cell.config, cell.folder, should_stop=should_stop)
+            cell.execute(run, should_stop)
             cell.clear_failure()
         except Exception as error:
             # Once told to stop, a run ends by raising; whatever else went wrong shows when it is resumed.
@@ -153,16 +144,19 @@ class Pool:
         invocation: names this invocation; a cell that fails in it is not tried again by it.
         log: file for what workers print outside a cell.
         run: replaces `benchmark.run.run_cell`; must be importable by name.
+        deaths: how many worker processes a cell may take down before it counts as failed.
     """
 
-    cells: Sequence[Cell]
+    cells: Sequence[Job]
     count: int
     invocation: str
     log: Path
     run: RunCell | None = None
+    deaths: int = 1
     _alive: list[tuple[SpawnProcess, Event]] = field(default_factory=list)
     _stopping: bool = False
     _false_starts: int = 0
+    _died: Counter[str] = field(default_factory=Counter)
 
     def start(self) -> None:
         """Start the workers."""
@@ -233,7 +227,10 @@ class Pool:
         """Record the death of a worker with the cell it was running."""
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         mine = [cell for cell in self.cells if cell.result() is None and left_by(cell.folder, process.pid or 0)]
+        self._died.update(cell.folder.name for cell in mine)
         for cell in mine:
+            if self._died[cell.folder.name] < self.deaths:
+                continue  # its lease is stale: another worker goes on from the last checkpoint
             cell.mark_failed(self.invocation, f"its worker process died ({cause})")
         self._false_starts += not mine
         if self._false_starts > 2:

@@ -44,6 +44,7 @@ def set_state(folder: Path, state: str, message: str = "") -> None:
 def step(folder: Path, number: int) -> None:
     cost = {currency: amount * (number + 1) for currency, amount in SPEND.items()}
     metrics = {"train/accuracy_per_prompt_mean": 0.3 + 0.01 * number, "policy/entropy_nats": 1 / (number + 1)}
+    metrics["train/tokens_per_rollout_mean"] = 20.0 + number
     append_rows(folder / "metrics.jsonl", [{"step": number, "cost": cost, "metrics": metrics}])
     load = {"cpu_utilization_percentage": 90.0 + number, "process_memory_usage_megabytes": 500.0}
     timing = {"step": number, "seconds": {"decode": 1.5}, "cost": cost, "system": load, "elapsed": 2.0 * (number + 1)}

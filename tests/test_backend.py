@@ -18,9 +18,9 @@ from benchmark.backend import Backend, NativeBackend, Request, by_prompts, by_ro
 from benchmark.backend_transformers import TransformersBackend
 from benchmark.backend_vllm import merged
 from benchmark.clock import Clock
-from benchmark.collect import Batch
 from benchmark.config import OptimiserConfig
 from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig, VLLMConfig
+from benchmark.draws import Batch
 from benchmark.errors import InputError
 from benchmark.groups import Groups
 from benchmark.ledger import Ledger, Prices
@@ -259,7 +259,7 @@ def test_a_server_that_is_not_there_is_an_input_error() -> None:
 
 def test_the_server_command_lets_the_user_overrule_and_refuses_no_model() -> None:
     line = command(["model", "--port", "8001", "--host=0.0.0.0"])
-    assert line[3:7] == ["serve", "model", "--port", "8001"]
+    assert line[3:7] == ["--model", "model", "--port", "8001"]
     assert "127.0.0.1" not in line
     assert line[line.index("--logprobs-mode") + 1] == "processed_logprobs"
     with pytest.raises(InputError):

@@ -48,6 +48,7 @@ def test_the_site_asks_nobody_for_anything() -> None:
     assert settings["use_directory_urls"] is False
     assert all((ROOT / "docs" / file).is_file() for file in settings["extra_css"])
     assert not {"extra_javascript", "extra"} & set(settings)
+    assert [next(iter(p)) if isinstance(p, dict) else p for p in settings["plugins"]] == ["search", "mkdocstrings"]
 
 
 def test_every_arm_has_a_page_with_what_its_class_says(hooks: ModuleType) -> None:

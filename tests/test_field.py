@@ -34,6 +34,9 @@ CREDIT = {
     "dppo_tv": GRPO,
     "dppo_kl": GRPO,
     "minpro": GRPO,
+    "capo": GRPO,
+    "lco": GRPO,
+    "oblr_po": REWARD.tolist(),
     "knapsack": GRPO,
     "hora": GRPO,
     "coba_rl": GRPO,
@@ -51,6 +54,7 @@ CREDIT = {
 }
 LIKELIHOOD = Loss(surrogate="log_likelihood")
 LOSSES = {
+    "lco": Loss(surrogate="logits"),
     **dict.fromkeys(("cispo", "dppo_tv", "dppo_kl", "minpro"), LIKELIHOOD),
     "gspo": Loss(surrogate="log_likelihood", clip_low=3e-4, clip_high=4e-4, aggregation="sequence_mean"),
 }

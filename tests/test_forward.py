@@ -13,10 +13,10 @@ from torch import Tensor
 
 from benchmark.backend import NativeBackend
 from benchmark.clock import Clock
-from benchmark.collect import Batch
 from benchmark.config import ArchitectureConfig, OptimiserConfig
 from benchmark.config_model import BackendConfig
 from benchmark.decode import generate, sample
+from benchmark.draws import Batch
 from benchmark.errors import InputError
 from benchmark.groups import Groups
 from benchmark.ledger import Ledger, Prices

@@ -192,10 +192,10 @@ def test_hostile_names_and_problems_are_shown_and_do_nothing(browser: Any, study
     seen = visit(browser, study)
     page = seen.page
     page.select_option("#choice-arm", label=HOSTILE)
-    page.locator("#problems button", has_text="onerror").click()
+    page.locator("#problems .text", has_text="onerror").click()
     assert page.locator("#problem h3").inner_text() == ATTRIBUTE
     assert ATTRIBUTE in page.locator(".answers li").nth(1).locator(".tokens").inner_text()
-    page.locator("#problems button", has_text="window.hacked = 1").click()
+    page.locator("#problems .text", has_text="window.hacked = 1").click()
     assert page.locator("#problem h3").inner_text() == HOSTILE
     assert page.locator("#claims .claim").first.inner_text() == HOSTILE
     assert page.locator("img").count() == 0

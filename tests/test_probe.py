@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from analysis.comparisons import Scores
 from analysis.results import load_study
 from analysis.table_spend import rollouts_table, seconds_table, spend_table
 from baselines.grpo import GRPO
-from benchmark.collect import Batch, Collector
+from benchmark.collect import Collector
+from benchmark.draws import Batch
 from benchmark.groups import Groups
 from benchmark.history import HistoryView, PromptHistory
 from benchmark.ledger import CURRENCIES, Budget, Ledger
@@ -36,7 +37,7 @@ synthetic: Any = importlib.import_module("synthetic_results")
 policy, train, rows = training.policy, training.train, training.rows
 
 Train = Callable[..., Path]
-COLUMNS = [column.name for column in fields(HistoryView)]
+WIDTH = 17  # numbers in a row: ten counts, gradient norms of two classes and their squares, alignment
 ROLLOUTS = {"currency": "rollouts", "amount": 200}
 
 
@@ -53,7 +54,8 @@ def probing(monkeypatch: pytest.MonkeyPatch, probe: Probe | None) -> None:
 
 
 def table(view: HistoryView) -> list[list[float]]:
-    return np.stack([getattr(view, name) for name in COLUMNS], axis=1).tolist()
+    columns = [values.reshape(len(view), -1) for values in view.columns().values() if values.size]
+    return np.concatenate(columns, axis=1).tolist()
 
 
 def spy_on_samples(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[list[int], list[list[int]]]]]:
@@ -156,7 +158,7 @@ def test_groups_made_by_hand_are_of_prompts_never_seen() -> None:
     index, reward = torch.tensor([0, 0, 2]), torch.tensor([1.0, 0.0, 1.0])
     length = torch.tensor([3, 4, 5])
     groups = Groups(index, 3, reward, length, length > 9, 9)
-    assert table(groups.history) == [[0.0] * len(COLUMNS)] * 3
+    assert table(groups.history) == [[0.0] * WIDTH] * 3
     shown = Groups(index, 3, reward, length, length > 9, 9, some_views()[0]).history
     assert table(shown) == table(some_views()[0])
     with pytest.raises(ValueError, match="2 prompts for groups of 3"):

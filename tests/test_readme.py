@@ -49,7 +49,7 @@ def made() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plotting, "FORMATS", ("png",))
+    monkeypatch.setattr(plotting, "FORMATS", ("svg", "png"))
     monkeypatch.setitem(plotting._RC, "savefig.dpi", 40)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from analysis.rollout_gradients import (
+from benchmark.config import ArchitectureConfig
+from benchmark.decode import generate
+from benchmark.policy import Policy
+from benchmark.rollout_gradients import (
     flatten,
     last_layer_gram,
     places,
@@ -13,9 +16,6 @@ from analysis.rollout_gradients import (
     rollout_gradients,
     sketch,
 )
-from benchmark.config import ArchitectureConfig
-from benchmark.decode import generate
-from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts
 from benchmark.scoring import score
 from benchmark.warmup import new_policy

@@ -345,13 +345,30 @@ def test_latex_is_plain_and_its_rows_have_their_columns(scores: Scores) -> None:
         assert len(re.findall(r"(?<!\\)\{", text)) == len(re.findall(r"(?<!\\)\}", text))
         assert len(re.findall(r"(?<!\\)\$", text)) % 2 == 0
         assert re.findall(r"(?<![\\{:a-z-])_", re.sub(r"\\label\{.*?\}", "", text)) == []
-        assert text.count(r"\begin") == text.count(r"\end") == 2
-        body = text[text.index(r"\toprule") : text.index(r"\bottomrule")]
-        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
-        assert len(rows) >= 1 + len(table.rows)
-        for row in rows:
-            spanned = sum(int(n) - 1 for n in re.findall(r"\\multicolumn\{(\d+)\}", row))
-            assert len(re.findall(r"(?<!\\)&", row)) + 1 + spanned == len(table.columns)
+        parts = re.findall(r"\\begin\{tabular\}\{((?:[lr]|p\{20em\})+)\}(.*?)\\end\{tabular\}", text, re.S)
+        assert text.count(r"\begin") == text.count(r"\end") == 1 + len(parts)
+        parts = [(columns.replace("p{20em}", "p"), body) for columns, body in parts]
+        assert sum(len(columns) - 1 for columns, _ in parts) == len(table.columns) - 1  # each has the rows' names
+        for columns, body in parts:
+            rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+            assert len(rows) >= 1 + len(table.rows)
+            for row in rows:
+                spanned = sum(int(n) - 1 for n in re.findall(r"\\multicolumn\{(\d+)\}", row))
+                assert len(re.findall(r"(?<!\\)&", row)) + 1 + spanned == len(columns)
+
+
+def test_wide_latex_tables_are_broken_between_groups(scores: Scores) -> None:
+    table = main_table(scores)
+    assert len(scores.groups) == 4
+    parts = re.findall(r"\\begin\{tabular\}.*?\\end\{tabular\}", table.latex(), re.S)
+    assert len(parts) == 2
+    shown = [re.findall(r"\\multicolumn\{3\}\{c\}\{(.*?)\}", part) for part in parts]
+    assert [name.replace("\\_", "_") for part in shown for name in part] == scores.groups
+    assert r"\begin{table*}" in table.latex()
+    narrow = Table(
+        "narrow", "Narrow", [Column("arm", left=True), Column("x")], [[Text("a"), Text("1")]], pd.DataFrame()
+    )
+    assert r"\begin{table}" in narrow.latex()
 
 
 def test_latex_spells_out_what_it_would_not_take() -> None:

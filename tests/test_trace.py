@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmark import checkpoint, trace
-from benchmark.collect import Batch
+from benchmark.draws import Batch
 from benchmark.groups import Groups
 from benchmark.jsonl import read_rows
 from benchmark.policy import Policy

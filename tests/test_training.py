@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmark import registry
-from benchmark.collect import Batch, Collector
+from benchmark.collect import Collector
 from benchmark.config import RunConfig
+from benchmark.draws import Batch
 from benchmark.jsonl import read_rows
 from benchmark.ledger import CURRENCIES
 from benchmark.run import Interrupted, run_cell
@@ -107,7 +108,7 @@ def test_another_seed_is_another_run(train: Callable[..., Path]) -> None:
     assert (first / "ledger.jsonl").read_bytes() != (second / "ledger.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("arm", "steps"), [("dynamo", 1), ("dapo", 2)])
+@pytest.mark.parametrize(("arm", "steps"), [("dynamo", 1), ("dapo", 2), ("oblr_po", 1)])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     train: Callable[..., Path], policy: str, tmp_path: Path, arm: str, steps: int
 ) -> None:
@@ -185,6 +186,9 @@ IDENTITIES = {
     "no entropy in the advantage": ("entropy_advantage", {"alpha": 0.0}),
     "every token is a fork": ("fork_tokens", {"fraction": 1.0}),
     "no entropy bonus": ("entropy_loss", {"loss": {"entropy_coefficient": 0.0}}),
+    "oblr_po without its parts": ("oblr_po", {"baseline": False, "schedule": False}),
+    "capo without thresholds": ("capo", {"low": None, "high": None, "kl": None}),
+    "another surrogate than logits": ("lco", {"loss": {"surrogate": "clipped_ratio"}}),
     "equal clips": ("clip_higher", {"loss": {"clip_high": 0.2}}),
 }
 
@@ -221,7 +225,8 @@ def test_the_identity_holds_for_a_token_budget_until_groups_get_smaller_and_to_t
 
 
 @pytest.mark.parametrize(
-    "arm", ["dr_grpo", "rloo", "w_reinforce", "dapo", "dynamo_modulation", "kl_cov", "fork_tokens"]
+    "arm",
+    ["dr_grpo", "rloo", "w_reinforce", "dapo", "dynamo_modulation", "kl_cov", "fork_tokens", "oblr_po", "capo", "lco"],
 )
 def test_an_arm_with_its_idea_on_is_not_grpo(train: Callable[..., Path], arm: str) -> None:
     reference, other = weights(train("grpo")), weights(train(arm))

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from analysis.gradient_variance import CREDITS, gradients, trace_and_square
-from analysis.rollout_gradients import flatten, last_layer_gram, rollout_gradients
 from analysis.variance_moments import BlockSums, Curves, total
 from analysis.variance_pool import Adam, Bench, Statistics, _Square, measure_pools
 from analysis.variance_replay import replay
-from benchmark.collect import Pool
 from benchmark.config import ArchitectureConfig, RolloutConfig
+from benchmark.draws import Pool
 from benchmark.problems import Item
+from benchmark.rollout_gradients import flatten, last_layer_gram, rollout_gradients
 from benchmark.verdict import Verdict
 from benchmark.warmup import new_policy
 
