@@ -305,6 +305,7 @@ class Collector:
         return counts
 
     def groups(self, rollouts: Rollouts, verdicts: list[Verdict], history: HistoryView) -> Groups:
+        """The verified `rollouts` as a method sees them, with its prompts' `history`."""
         return Groups(
             rollouts.prompt,
             rollouts.prompts,

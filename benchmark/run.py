@@ -21,7 +21,7 @@ from benchmark.config import RunConfig
 from benchmark.draws import Pool
 from benchmark.errors import InputError, RunError, storing
 from benchmark.evaluation import Evaluator
-from benchmark.history import PromptHistory
+from benchmark.history import Floats, PromptHistory
 from benchmark.jsonl import (
     Record,
     atomic_write_json,
@@ -156,14 +156,9 @@ class Run:
         train, held_out = load_task(config.task)
         self.verifier = Verifier(answer_form=config.task.answer_form)
         pool = Pool.of(train, policy, config.seed, device)
-        rollout, evaluation = config.rollout, config.evaluation
-        self.evaluator = Evaluator(
-            Pool.of(held_out, policy, config.seed, device),
-            self.backend,
-            self.verifier,
-            rollout.max_tokens,
-            evaluation.temperature,
-        )
+        rollout, temperature = config.rollout, config.evaluation.temperature
+        held_out_pool = Pool.of(held_out, policy, config.seed, device)
+        self.evaluator = Evaluator(held_out_pool, self.backend, self.verifier, rollout.max_tokens, temperature)
         self.budget = Budget(config.budget.currency, config.budget.amount)
         self.history = PromptHistory(len(train), self.method.half_life)
         self.prices = Prices(policy.size)
@@ -173,15 +168,13 @@ class Run:
         self.save_after = time.monotonic() + CHECKPOINT_SECONDS
         self.ledger = Ledger(out / "ledger.jsonl")
         self.trace = Trace(policy, train)
-        with self.clock.phase("forward"):
-            features = prompt_features(policy.fused(), pool.tokens) if self.method.features else None
+        features = self._features(pool)  # of the policy before RL: a checkpoint would replace it
         fresh = not self._resume()
         self.records = {name: Record(out / name) for name in RECORDS} | {"ledger.jsonl": self.ledger.record}
-        if features is not None:
-            self.history.features = features
-            if fresh:
-                read = sum(map(len, pool.tokens))
-                self.ledger.charge(0, "features", tokens_scored=read, flops=self.prices.forward(read))
+        self.history.features = features
+        if features.size and fresh:
+            read = sum(map(len, pool.tokens))
+            self.ledger.charge(0, "features", tokens_scored=read, flops=self.prices.forward(read))
         self.collector = Collector(
             self.method,
             pool,
@@ -210,6 +203,12 @@ class Run:
             trace=self.trace,
         )
         self.engine = engine.load(self.method.engine)(self.collector, self.updater)
+
+    def _features(self, pool: Pool) -> Floats:
+        if not self.method.features:
+            return self.history.features
+        with self.clock.phase("forward"):
+            return prompt_features(self.policy.fused(), pool.tokens)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
