@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmark import streams
 from benchmark.config_model import BackendConfig
 from benchmark.decode import generate
+from benchmark.numerics import check_sampled
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts
 from benchmark.scoring import TokenStatistics, states, vocabulary_statistics
@@ -77,9 +78,14 @@ class Backend(ABC):
     exact: bool = True
 
     def generate(self, request: Request) -> Rollouts:
-        """Rollouts ordered by prompt, then by number."""
+        """Rollouts ordered by prompt, then by number.
+
+        Raises:
+            NumericalError: a log-probability is not finite or above 0.
+        """
         start = time.perf_counter()
         rollouts = self._generate(request)
+        check_sampled(rollouts)
         self.usage.requests += 1
         self.usage.prompt_tokens += len(rollouts.prompt_tokens)
         self.usage.tokens_generated += len(rollouts.tokens)

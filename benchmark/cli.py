@@ -21,6 +21,7 @@ from benchmark.cli_dashboard import dashboard
 from benchmark.cli_doctor import doctor
 from benchmark.cli_figures import figures
 from benchmark.cli_replay import replay
+from benchmark.cli_replay_batch import replay_batch
 from benchmark.cli_sweep import sweep
 from benchmark.cli_variance import variance
 from benchmark.errors import REMEDIES, InputError, RunError, storage_error
@@ -173,6 +174,7 @@ def methods(
 
 
 app.command()(replay)
+app.command()(replay_batch)
 app.command()(variance)
 app.command()(figures)
 app.command()(check)

@@ -24,8 +24,9 @@ from benchmark import streams
 from benchmark.collect import Collector
 from benchmark.draws import Batch, Draw
 from benchmark.errors import InputError
+from benchmark.numerics import NumericalError
 from benchmark.rollouts import Rollouts
-from benchmark.update import NumericalError, Updater
+from benchmark.update import Updater
 from benchmark.verdict import reward
 
 METRICS = {

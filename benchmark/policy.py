@@ -116,6 +116,11 @@ class Policy:
         return total - int(untied)
 
     @property
+    def vocabulary(self) -> int:
+        """Words of the output head."""
+        return len(self.model.get_output_embeddings().weight)
+
+    @property
     def end(self) -> int:
         """Id of the end-of-sequence token."""
         return int(self.tokenizer.eos_token_id)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmark import backend, checkpoint, engine, machine, registry
+from benchmark import backend, bundle, checkpoint, engine, machine, registry
 from benchmark.clock import Clock
 from benchmark.collect import Collector
 from benchmark.config import RunConfig
@@ -32,6 +32,7 @@ from benchmark.jsonl import (
     restart,
 )
 from benchmark.ledger import UNCHARGED_PHASES, Budget, Ledger, Prices
+from benchmark.numerics import NumericalError
 from benchmark.policy import Policy, prepare_machine
 from benchmark.preflight import check_verifier, preflight
 from benchmark.probing import prompt_features
@@ -94,6 +95,10 @@ def run_cell(
             run.execute(should_stop)
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+        if isinstance(error, NumericalError):
+            where = bundle.save(run, error)
+            told = f"{config.arm}, seed {config.seed}, step {run.step}: {error}"
+            error.args = (f"{told}. Lower optimiser.learning_rate; `rolloutbench replay-batch {where}` runs it again",)
         # What cannot be written any more must not hide why; a deleted folder does not come back.
         with contextlib.suppress(RunError):
             if (out / "config.yaml").exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmark import streams
+from benchmark.averages import Averages, observe
 from benchmark.backend import Backend, Piece
 from benchmark.clock import Clock
 from benchmark.config import OptimiserConfig
@@ -18,39 +20,12 @@ from benchmark.errors import MethodError
 from benchmark.head import Head, Meter, adam_step
 from benchmark.ledger import Ledger, Prices
 from benchmark.losses import logit_losses, policy_loss, token_weights
-from benchmark.method import SIGNAL_DECAY, Loss, Method, Signal, TokenCredit, Tokens
+from benchmark.method import SIGNAL_DECAY, Method, Signal, TokenCredit, Tokens
+from benchmark.numerics import Checks, Minibatch, require, sound
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts, ragged_index
 from benchmark.scoring import TokenStatistics, vocabulary_statistics
 from benchmark.trace import Trace
-
-
-class NumericalError(FloatingPointError):
-    """A loss or gradient is not finite; the run stops instead of training on it."""
-
-
-@dataclass
-class Averages:
-    """Token- or update-weighted means of metrics, kept as tensors until read (no sync per update)."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, name: str, value: Tensor, weight: float = 1.0) -> None:
-        """Count the scalar `value` with `weight` towards the mean of `name`."""
-        self.sums[name] = self.sums.get(name, torch.zeros(())) + value.detach() * weight
-        self.weights[name] = self.weights.get(name, 0.0) + weight
-
-    def maximum(self, name: str, value: Tensor) -> None:
-        """Raise the maximum of `name` to the scalar `value`."""
-        old = self.maxima.get(name)
-        self.maxima[name] = value.detach() if old is None else torch.maximum(old, value.detach())
-
-    def read(self) -> dict[str, float]:
-        """Every mean and maximum so far; waits for the device."""
-        means = {name: float(total) / self.weights[name] for name, total in self.sums.items()}
-        return means | {name: float(value) for name, value in self.maxima.items()}
 
 
 def make_optimiser(policy: Policy, config: OptimiserConfig) -> torch.optim.AdamW:
@@ -93,7 +68,8 @@ class Updater:
         """Train on `batch`; returns metrics of the step.
 
         Raises:
-            NumericalError: a loss or gradient norm is NaN or infinite.
+            NumericalError: a loss, gradient norm, log-probability, ratio, entropy or advantage is not finite or out of
+                range; it holds the minibatch, and the weights are those from before it.
         """
         advantage = self.method.credit(batch.groups)[batch.rows]
         if self.trace is not None:
@@ -114,11 +90,22 @@ class Updater:
                 flat = ragged_index(rows, rollouts.length)
                 weight = None if correction is None else correction[flat]
                 before = None if sampler is None else sampler[flat]
-                self._minibatch(step, prompts, part, advantage[rows], weight, before, batch.groups.max_tokens, metrics)
+                given = Minibatch(part, advantage[rows], weight, before, step, batch.groups.max_tokens)
+                self._minibatch(prompts, given, metrics)
                 trained += len(part.tokens)
         prompt_tokens = int(batch.rollouts.prompt_length.sum()) * self.config.epochs
         both = self.prices.forward(trained + prompt_tokens) + self.prices.backward(trained + prompt_tokens)
         self.ledger.charge(step, "backprop", tokens_backpropagated=trained, flops=both)
+        return metrics.read()
+
+    def again(self, batch: Minibatch) -> dict[str, float]:
+        """The update of one minibatch that was kept; its metrics.
+
+        Raises:
+            NumericalError: it fails again.
+        """
+        metrics = Averages()
+        self._minibatch(torch.arange(batch.rollouts.prompts, device=batch.rollouts.tokens.device), batch, metrics)
         return metrics.read()
 
     def _rescore(self, step: int, rollouts: Rollouts, metrics: Averages) -> tuple[Rollouts, Tensor | None]:
@@ -146,34 +133,25 @@ class Updater:
         # The updates of this batch change the head in place.
         return replace(heads[0], hidden=hidden, weight=heads[0].weight.detach().clone(), token=rollouts.tokens)
 
-    def _minibatch(
-        self,
-        step: int,
-        prompts: Tensor,
-        part: Rollouts,
-        advantage: Tensor,
-        correction: Tensor | None,
-        sampler: Head | None,
-        max_tokens: int,
-        metrics: Averages,
-    ) -> None:
+    def _minibatch(self, prompts: Tensor, batch: Minibatch, metrics: Averages) -> None:
+        step, part, sampler = batch.step, batch.rollouts, batch.sampler
         pieces, middle = self._pieces(part)
         rollout = torch.repeat_interleave(torch.arange(len(part), device=part.tokens.device), part.length)
-        advantage = advantage[rollout]
+        advantage = batch.advantage[rollout]
         credit = TokenCredit(advantage)
         # A minibatch that fits in one pass is scored once, for the method's eyes and for its gradient.
         fits = len(pieces) == 1 or len(self.backend.split(part)) == 1
         ready = [self._score(rows) for rows, _, _ in pieces] if fits else []
         if self.method.modulates:
-            tokens = self._tokens(
-                step, part, advantage, rollout, ready or self._score_ahead(step, part, pieces), sampler
-            )
-            credit = self.method.modulate(tokens)
+            ahead = ready or self._score_ahead(step, part, pieces)
+            tokens = self._tokens(step, part, advantage, rollout, ahead, sampler)
+            with batch.blamed(lambda: sound(_join(ahead), part.log_prob, advantage, self.backend.policy.vocabulary)):
+                credit = self.method.modulate(tokens)
             if tokens.head is not None and tokens.head.meter.flops:
                 self.ledger.charge(step, "head", flops=tokens.head.meter.flops)
-        weights = token_weights(part, self.method.loss, max_tokens, credit.mask)
-        if correction is not None:
-            weights = weights * correction
+        weights = token_weights(part, self.method.loss, batch.max_tokens, credit.mask)
+        if batch.correction is not None:
+            weights = weights * batch.correction
         self.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=part.tokens.device)
         scored: list[Scored] = []
@@ -187,9 +165,11 @@ class Updater:
             total += loss.detach()
             scored.append(Scored(_join([piece])))
             half = self._gradient() if end == middle else half
-        self._step(step, total, self._factor(half, metrics), metrics)
         whole = _join(scored)
-        _observe(whole, part.log_prob, advantage, credit, self.method.loss, metrics)
+        good = sound(whole, part.log_prob, credit.advantage, self.backend.policy.vocabulary)
+        self._step(batch, good | {"loss": torch.isfinite(total)}, half, metrics)
+        metrics.add("optim/loss", total)
+        observe(whole, part.log_prob, advantage, credit, self.method.loss, metrics)
         if self.trace is not None:
             self.trace.observe(prompts, part, whole, advantage, credit)
 
@@ -282,12 +262,14 @@ class Updater:
         grads = [parameter.grad for parameter in self.backend.policy.parameters().values()]
         return torch.cat([grad.flatten() for grad in grads if grad is not None])
 
-    def _factor(self, half: Tensor | None, metrics: Averages) -> float:
+    def _factor(self, batch: Minibatch, good: Checks, half: Tensor | None, metrics: Averages) -> float:
         """What the method makes of the learning rate; `half` is the gradient of the first half's prompts (D,)."""
         if half is None:
             return 1.0
         whole = self._gradient()
         now = (1.0, 4 * float(half @ (whole - half)), float(whole @ whole))
+        if not all(map(math.isfinite, now)):
+            require(good | {"gradient": torch.isfinite(whole)}, batch)
         self.signal = [SIGNAL_DECAY * old + (1 - SIGNAL_DECAY) * new for old, new in zip(self.signal, now, strict=True)]
         weight, product, square = self.signal
         factor = self.method.learning_rate(Signal(product / weight, square / weight))
@@ -302,20 +284,16 @@ class Updater:
         """The configured learning rate of the next update."""
         return self.config.learning_rate * min(1.0, (self.updates + 1) / max(1, self.config.warmup_steps))
 
-    def _step(self, step: int, loss: Tensor, factor: float, metrics: Averages) -> None:
+    def _step(self, batch: Minibatch, good: Checks, half: Tensor | None, metrics: Averages) -> None:
+        factor = self._factor(batch, good, half, metrics)
         with self.clock.phase("optimiser"):
             rate = self._rate * factor
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
             norm = torch.nn.utils.clip_grad_norm_(self.backend.policy.parameters().values(), self.config.gradient_clip)
-            if not bool(torch.isfinite(norm + loss)):
-                raise NumericalError(
-                    f"step {step}, update {self.updates} of {type(self.method).__name__}: loss {float(loss)}, "
-                    f"gradient norm {float(norm)}. Lower optimiser.learning_rate or look at the log-probabilities"
-                )
+            require(good | {"gradient norm": torch.isfinite(norm)}, batch)
             self.optimiser.step()
         self.updates += 1
-        metrics.add("optim/loss", loss)
         metrics.add("optim/gradient_norm", norm)
         metrics.add("optim/learning_rate", torch.tensor(rate))
 
@@ -324,21 +302,3 @@ def _join(parts: Sequence[Scored]) -> TokenStatistics:
     """The statistics of consecutive pieces as one, detached."""
     columns = ([getattr(part.statistics, field.name).detach() for part in parts] for field in fields(TokenStatistics))
     return TokenStatistics(*map(torch.cat, columns))
-
-
-def _observe(
-    seen: TokenStatistics, old_log_prob: Tensor, advantage: Tensor, credit: TokenCredit, loss: Loss, metrics: Averages
-) -> None:
-    """Policy and modulation metrics of one update, token-weighted, as its gradient saw them."""
-    count = float(len(advantage))
-    change = seen.log_prob - old_log_prob
-    ratio = change.exp()
-    metrics.add("policy/entropy_nats", seen.entropy.mean(), count)
-    metrics.add("policy/kl_old_nats", (ratio - 1 - change).mean(), count)
-    metrics.maximum("policy/ratio_max", ratio.max())
-    given = credit.advantage
-    metrics.add("policy/clip_high_fraction", ((given > 0) & (ratio > 1 + loss.clip_high)).float().mean(), count)
-    metrics.add("policy/clip_low_fraction", ((given < 0) & (ratio < 1 - loss.clip_low)).float().mean(), count)
-    active = advantage != 0
-    if bool(active.any()):
-        metrics.add("modulation/factor_mean", (given[active] / advantage[active]).mean(), float(active.sum()))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from baselines.grpo import GRPO
+from benchmark.averages import Averages
 from benchmark.backend import NativeBackend
 from benchmark.clock import Clock
 from benchmark.config import ArchitectureConfig, OptimiserConfig
@@ -23,7 +24,7 @@ from benchmark.method import Method, TokenCredit, Tokens
 from benchmark.registry import build
 from benchmark.rollouts import Rollouts
 from benchmark.scoring import score
-from benchmark.update import Averages, Updater, make_optimiser
+from benchmark.update import Updater, make_optimiser
 from benchmark.warmup import new_policy
 
 POLICY = ArchitectureConfig(hidden_size=16, layers=2, heads=2, kv_heads=1, mlp=24)
