@@ -78,7 +78,7 @@ def view_state(currency: str, arms: Sequence[str]) -> dict[str, Any]:
         "compareRunSections": [
             {
                 "uuid": _SECTION,
-                "name": f"{NAME}: step = {currency}",
+                "name": f"Step = {currency}",
                 "display": True,
                 "isReordered": True,
                 "deleted": False,

@@ -111,7 +111,7 @@ def test_the_runs_by_method_and_their_charts_are_there_at_once(
     for arm in ARMS:
         page.get_by_text(f"Group: {arm}", exact=True).wait_for()
     page.get_by_text("9 matching runs").wait_for()
-    page.get_by_text("Methods at equal cost: step = tokens_generated").wait_for()
+    page.get_by_text("Step = tokens_generated").wait_for()
     page.locator(".js-plotly-plot .scatterlayer .trace").nth(3).wait_for(state="attached")
     page.wait_for_timeout(5000)
     shot = Path(os.environ.get("ROLLOUTBENCH_SCREENSHOTS", tmp_path)) / "dashboard.png"

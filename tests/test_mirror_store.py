@@ -137,7 +137,7 @@ def test_the_experiment_holds_the_view_and_a_link_to_it(uri: str, tmp_path: Path
     assert state["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "arm"}]
     charts = state["compareRunCharts"]
     assert {chart.get("xAxisKey") for chart in charts} == {"step", None}
-    assert state["compareRunSections"][0]["name"].endswith("step = tokens_generated")
+    assert state["compareRunSections"][0]["name"] == "Step = tokens_generated"
     link = f"#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=rolloutbench"
     assert link in experiment.tags["mlflow.note.content"]
     history, _, _ = files.content(uri, "view")["grpo-s0"]
