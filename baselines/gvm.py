@@ -22,8 +22,9 @@ from baselines.grpo import GRPO
 from benchmark.groups import Groups
 from benchmark.history import HistoryView
 from benchmark.method import Change, Probe
-from methods.allocation import Ints, proportional
+from methods.allocation import Ints
 from methods.objectives import gvm_weight
+from methods.proportional import proportional
 
 
 @dataclass(frozen=True)

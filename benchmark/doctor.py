@@ -261,4 +261,7 @@ def _scales() -> Iterator[Finding]:
 def _cached(model: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    return "/" in model and isinstance(try_to_load_from_cache(model, "config.json"), str)
+    from benchmark.pretrained import PACKAGE
+
+    hub_id = "/" in model and not model.startswith(PACKAGE)
+    return hub_id and isinstance(try_to_load_from_cache(model, "config.json"), str)

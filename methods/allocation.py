@@ -28,21 +28,6 @@ def bounds(prompts: int, budget: int, n_low: int | None, n_high: int | None) -> 
     return min(low, int(mean)), max(high, int(np.ceil(mean)))
 
 
-def proportional(weight: ArrayLike, budget: int) -> Ints:
-    """`budget` units in proportion to `weight` (N,) >= 0, by largest remainders; ties go to the earlier.
-
-    Raises:
-        ValueError: a weight is negative or not finite, or all are 0.
-    """
-    w = np.asarray(weight, dtype=np.float64)
-    if not np.isfinite(w).all() or (w < 0).any() or not w.any():
-        raise ValueError("weights must be finite, >= 0 and not all 0")
-    share = budget * (w / w.max()) / (w / w.max()).sum()
-    n: Ints = np.floor(share).astype(np.int64)
-    n[np.argsort(n - share, kind="stable")[: budget - int(n.sum())]] += 1
-    return n
-
-
 def min_variance_allocation(s: ArrayLike, budget: int, n_low: ArrayLike, n_high: ArrayLike) -> Ints:
     """Integer allocation that minimises sum s_i^2 / n_i.
 

@@ -260,10 +260,25 @@ def test_a_dry_run_prints_cells_prices_and_power_and_runs_nothing(training: list
     assert not (tmp_path / "plan.json").exists()
 
 
-def test_a_dry_run_of_an_unpriced_study_says_so(training: list[RunConfig], tmp_path: Path) -> None:
-    shown = call("study", "main_table", "--dry-run", "--out", tmp_path).stdout
-    assert "rollouts unknown" in shown
-    assert "about unknown" in shown
+def test_a_dry_run_of_a_study_that_never_ran_measures_its_prices(
+    training: list[RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured: list[RunConfig] = []
+
+    def measure_unit_prices(config: RunConfig) -> dict[str, float]:
+        measured.append(config)
+        return {"rollouts": 0.05, "tokens_generated": 1.0, "wall_seconds": 1e-4}
+
+    monkeypatch.setattr(sys.modules["benchmark.run"], "measure_unit_prices", measure_unit_prices, raising=False)
+    result = call("study", "main_table", "--scale", "smoke", "--dry-run", "--workers", "2", "--out", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    plan = compose_study("main_table", scale="smoke")
+    assert measured == [plan.runs[0]]
+    assert "unit prices measured now with grpo" in result.stdout
+    assert f"rollouts {len(plan.runs)}k" in result.stdout  # 0.05 of 20,000 tokens a run
+    assert "flops unknown" in result.stdout
+    assert f"about {len(plan.runs)} s with 2 workers" in result.stdout
+    assert not (tmp_path / "plan.json").exists()
 
 
 def test_study_exit_codes_follow_the_outcome(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

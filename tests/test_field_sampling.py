@@ -30,7 +30,7 @@ from benchmark.draws import Batch
 from benchmark.groups import Groups
 from benchmark.history import HistoryView, PromptHistory
 from benchmark.method import Loss, Method, Probe
-from methods.allocation import proportional
+from methods.proportional import proportional
 
 sys.path.append(str(Path(__file__).parent))
 training: Any = importlib.import_module("test_training")

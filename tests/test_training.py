@@ -157,7 +157,10 @@ def test_every_arm_spends_exactly_its_budget_and_accounts_for_all_of_it(
     for fate, count in result["drawn"].items():
         assert sum(row["rollouts"] for row in training if row["fate"] == fate) == count
     trained = sum(row["tokens_generated"] for row in training if row["fate"] == "trained")
-    assert result["spent"]["tokens_backpropagated"] == trained
+    gradients = [row for row in training if row["event"] == "gradients"]
+    assert bool(gradients) == (arm in PROBING)
+    probed = sum(row["tokens_backpropagated"] for row in gradients)
+    assert result["spent"]["tokens_backpropagated"] == trained + probed
     apart = result["evaluation_tokens"] + result["oracle"]["tokens_generated"]
     assert sum(row["tokens_generated"] for row in ledger) == amount + apart or currency == "rollouts"
     if arm in FILTERING:
@@ -172,7 +175,7 @@ def test_every_arm_spends_exactly_its_budget_and_accounts_for_all_of_it(
     drawn_per_step = {
         row["step"]: sum(int(n) * c for n, c in row["histogram"].items()) for row in rows(out, "allocation.jsonl")
     }
-    assert sum(drawn_per_step.values()) == result["spent"]["rollouts"]
+    assert sum(drawn_per_step.values()) == result["spent"]["rollouts"] - result["drawn"]["probed"]
 
 
 IDENTITIES = {
