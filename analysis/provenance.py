@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from analysis.comparisons import Scores
 from analysis.formatting import amount, counted, currency_name, exact
 from analysis.results import Study
@@ -81,4 +83,11 @@ def measured_on(study: Study) -> list[str]:
     ]
     if any(len(found) > 1 for found in study.versions.values()):
         lines.append("The runs did not all use the same versions.")
+    copied = study.done["origin"].astype(bool)
+    if copied.any():
+        studies = sorted({str(Path(folder).parent.parent) for folder in study.done["origin"][copied]})
+        lines.append(
+            f"{counted(int(copied.sum()), 'run')} of equal configuration taken over from {', '.join(studies)}, "
+            "with the seconds measured there."
+        )
     return lines

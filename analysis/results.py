@@ -39,7 +39,8 @@ class Study:
         plan: ``plan.json``.
         cells: one row per planned cell: arm, seed, dir, state (done, failed, running, interrupted, missing,
             incomplete), message; of done cells also planned, steps, overshoot, wall_seconds, device,
-            spent/<currency>, oracle/<currency>, drawn/<fate>, seconds/<phase>, versions.
+            spent/<currency>, oracle/<currency>, drawn/<fate>, seconds/<phase>, versions, and as origin the folder a
+            run was copied from, or "".
         points: one row per evaluation of a done cell: arm, seed, point, step, final, and the cumulative training
             spend in every currency.
         evaluations: one row per evaluated item: arm, seed, point, item, family, n samples, c correct.
@@ -242,7 +243,7 @@ def _read_cell(folder: Path, plan: Mapping[str, Any], planned: Mapping[str, Any]
     result = read_json(cell / "result.json")
     if state != "done" or result is None:
         return record
-    record.row |= _result_columns(result)
+    record.row |= _result_columns(result) | {"origin": (read_json(cell / "origin.json") or {}).get("folder", "")}
     rows = read_rows(cell / "evaluation.jsonl")[0]
     if not any(row.get("final") for row in rows):
         record.refuse("it has no final evaluation")

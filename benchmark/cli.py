@@ -117,6 +117,9 @@ def study(
     budget: Budget = None,
     options: Set = None,
     out: Annotated[Path | None, typer.Option(help="Results folder; results/<study> by default.")] = None,
+    reuse: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Another study's results; its runs are copied where equal.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
     tracking_uri: Tracking = STORE,
     mlflow: Annotated[bool, typer.Option(help="Mirror the results to MLflow.")] = True,
@@ -130,6 +133,7 @@ def study(
       rolloutbench study main_table
       rolloutbench study configs/studies/main_table.yaml --scale smoke --dry-run
       rolloutbench study main_table --seeds 16 --workers 8 --out results/sixteen_seeds
+      rolloutbench study ablation --reuse results/main_table
     """
     from benchmark.compose import compose_study
     from benchmark.study import run_study
@@ -140,7 +144,8 @@ def study(
     if dry_run:
         _show_plan(plan, folder, workers)
         return
-    _finish(run_study(plan, folder, workers=workers, tracking_uri=tracking_uri if mlflow else None), folder)
+    uri = tracking_uri if mlflow else None
+    _finish(run_study(plan, folder, workers=workers, tracking_uri=uri, reuse=reuse or ()), folder)
     typer.echo(f"done: {folder / 'REPORT.md'}")
 
 

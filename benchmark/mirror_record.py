@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from benchmark.config import digest
+from benchmark.config import identity
 from benchmark.jsonl import Row, rows_with_offsets
 from benchmark.mirror_points import Point, clean, evaluation_points, metric_points, result_points, timing_points
 
@@ -37,7 +37,7 @@ class Cell:
     def tags(self) -> dict[str, str]:
         """Identity of the cell."""
         seedless = {key: value for key, value in self.config.items() if key != "seed"}
-        hashes = {"run_hash": digest(self.config), "plan_hash": digest(seedless)}
+        hashes = {"run_hash": identity(self.config), "plan_hash": identity(seedless)}
         named = ("study", "arm", "scale", "seed")
         return hashes | {key: str(self.config[key]) for key in named if key in self.config}
 
@@ -78,7 +78,7 @@ def find_cells(study: Path) -> list[Cell]:
             continue
         config = _config(folder / "config.yaml", (folder / "config.yaml").stat().st_mtime_ns)
         # A single run's folder may be used again for another configuration: that is another cell.
-        name = folder.name if folder != study else f"{config['arm']}-s{config['seed']}-{digest(config)[:8]}"
+        name = folder.name if folder != study else f"{config['arm']}-s{config['seed']}-{identity(config)[:8]}"
         currency = (plan or {}).get("primary_currency") or config["budget"]["currency"]
         cells.append(Cell(name, folder, config, currency))
     return cells

@@ -20,6 +20,7 @@ from benchmark.config import RunConfig, digest
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_json
 from benchmark.progress import Bar, Display
+from benchmark.reuse import take_over
 from benchmark.workers import Pool, default_workers
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def run_study(
     prepare: Callable[[RunConfig], object] | None = None,
     report: Callable[[Path], object] | None = None,
     display: Display | None = None,
+    reuse: Sequence[Path] = (),
 ) -> Outcome:
     """Run what is missing of `plan` in `folder` and write the report.
 
@@ -121,18 +123,22 @@ def run_study(
         tracking_uri: MLflow store that follows the files; None for no mirror.
         run, prepare, report: replace training, warm-up and report (tests, other schedulers).
         display: where progress is shown.
+        reuse: results folders of other studies; their finished runs are copied where this study has the same.
 
     Raises:
-        InputError: a folder holds another run.
+        InputError: a folder holds another run, or one of `reuse` holds no study.
         WorkersFailedError: worker processes cannot start.
     """
     display = display or Display()
     cells = [Cell.of(folder, config) for config in plan.runs]
     for cell in cells:
         cell.check()
+    taken = take_over(cells, reuse)
     missing = [cell for cell in cells if cell.result() is None]
     record = plan_record(plan, cells)
     _announce(display, folder, record, len(missing))
+    if taken:
+        display.note(f"{len(taken)} cells taken over from {', '.join(map(str, reuse))}")
     atomic_write_json(folder / "plan.json", record)
     invocation = uuid.uuid4().hex
     interrupts = Interrupts()

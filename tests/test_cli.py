@@ -296,7 +296,7 @@ def test_study_exit_codes_follow_the_outcome(monkeypatch: pytest.MonkeyPatch, tm
     command = ["study", "main_table", "--seeds", "2", "--workers", "3", "--tracking-uri", "http://x"]
     pretend(study.Outcome(28, 28, {}, False))
     assert call(*command, "--out", tmp_path).exit_code == 0
-    assert given == {"workers": 3, "tracking_uri": "http://x", "folder": tmp_path, "cells": 28}
+    assert given == {"workers": 3, "tracking_uri": "http://x", "folder": tmp_path, "cells": 28, "reuse": ()}
     assert call(*command, "--no-mlflow").exit_code == 0
     assert (given["tracking_uri"], given["folder"]) == (None, Path("results/main_table"))
     pretend(study.Outcome(27, 28, {"grpo-s0-x": "ValueError: no"}, False))
