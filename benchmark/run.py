@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,14 @@ from benchmark.jsonl import (
     read_rows,
     restart,
 )
-from benchmark.ledger import UNCHARGED_PHASES, Budget, Ledger, Prices
+from benchmark.ledger import Budget, Ledger, Prices
 from benchmark.numerics import NumericalError
 from benchmark.policy import Policy, prepare_machine
 from benchmark.preflight import check_verifier, preflight
 from benchmark.probing import prompt_features
-from benchmark.problems import load_task
+from benchmark.problems import digest, load_task
+from benchmark.result import result_of
+from benchmark.source import code_state
 from benchmark.step_metrics import allocation_row, rollout_metrics
 from benchmark.trace import EvaluationTrace, Trace
 from benchmark.update import Updater, make_optimiser
@@ -159,6 +160,7 @@ class Run:
         self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
         self.backend = backend.make(policy, config.backend, start)
         train, held_out = load_task(config.task, out / "contamination.jsonl")
+        self.data = {"train": digest(train), "evaluation": digest(held_out)}
         self.verifier = Verifier(answer_form=config.task.answer_form)
         pool = Pool.of(train, policy, config.seed, device)
         rollout, temperature = config.rollout, config.evaluation.temperature
@@ -168,6 +170,7 @@ class Run:
         self.history = PromptHistory(len(train), self.method.half_life)
         self.prices = Prices(policy.size)
         self.step, self.points, self.elapsed = 0, 0, 0.0
+        self.code: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.saved: tuple[int, int] | None = None  # step and points of the newest checkpoint
         self.save_after = time.monotonic() + CHECKPOINT_SECONDS
@@ -175,6 +178,7 @@ class Run:
         self.trace = Trace(policy, train)
         features = self._features(pool)  # of the policy before RL: a checkpoint would replace it
         fresh = not self._resume()
+        self.code += [code_state()] if code_state() not in self.code else []
         self.records = {name: Record(out / name) for name in RECORDS} | {"ledger.jsonl": self.ledger.record}
         self.history.features = features
         if features.size and fresh:
@@ -303,6 +307,7 @@ class Run:
             "signal": self.updater.signal,
             "elapsed": self.elapsed + time.time() - self.started,
             "seconds": self.seconds,
+            "code": self.code,
             "ledger": self.ledger.state(),
             "trace": self.trace.rows,
             "records": {name: fingerprint(self.out / name) for name in RECORDS},
@@ -328,7 +333,7 @@ class Run:
         self.step, self.place, self.points = state["step"], state["place"], state["points"]
         self.saved = (self.step, self.points)
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]
-        self.signal = state["signal"]
+        self.signal, self.code = state["signal"], state.get("code", [])
         self.trace.restore(state.get("trace", []))
         self.ledger = Ledger.restore(self.out / "ledger.jsonl", state["ledger"])
         return True
@@ -363,31 +368,10 @@ class Run:
         self.progress(RunProgress(self.budget.currency, self.budget.amount, spent, self.step, message))
 
     def _finish(self) -> None:
-        config, spent = self.config, self.ledger.spent
-        training = sum(value for phase, value in self.seconds.items() if phase not in UNCHARGED_PHASES)
         for record in self.records.values():
             record.check()
             record.sync()
         self.policy.save(self.out / "policy")
         self.report("done", f"{self.step} steps")
-        result: dict[str, Any] = {
-            "run_hash": config.run_hash,
-            "plan_hash": config.plan_hash,
-            "study": config.study,
-            "arm": config.arm,
-            "seed": config.seed,
-            "scale": config.scale,
-            "planned": {self.budget.currency: self.budget.amount},
-            "spent": spent | {"device_seconds": training, "verifier_seconds": self.seconds.get("verify", 0.0)},
-            "overshoot": spent[self.budget.currency] - self.budget.amount,
-            "steps": self.step,
-            "drawn": self.ledger.drawn,
-            "evaluation_tokens": self.ledger.evaluated["tokens_generated"],
-            "oracle": self.ledger.oracle,
-            "seconds": self.seconds,
-            "wall_seconds": self.elapsed + time.time() - self.started,
-            "device": self.clock.device.type,
-            "versions": {name: version(name) for name in ("torch", "transformers", "trl", "numpy", "rolloutbench")},
-        }
-        atomic_write_json(self.out / "result.json", result)
+        atomic_write_json(self.out / "result.json", result_of(self))
         checkpoint.clear(self.out / "checkpoint")
