@@ -98,8 +98,10 @@ class Ledger:
     @classmethod
     def restore(cls, path: Path, state: dict[str, Any]) -> Ledger:
         """A ledger that goes on at `path` from the totals of `state`."""
-        totals = (dict(state[name]) for name in ("spent", "evaluated", "oracle", "drawn"))
-        return cls(path, state["rows"], *totals, head=state.get("head"))
+        totals = [dict(state[name]) for name in ("spent", "evaluated", "oracle", "drawn")]
+        ledger = cls(path, state["rows"], *totals)
+        ledger.head = state.get("head")
+        return ledger
 
 
 @dataclass(frozen=True)

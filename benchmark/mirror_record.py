@@ -19,6 +19,7 @@ import yaml
 from benchmark.config import digest
 from benchmark.jsonl import Row, rows_with_offsets
 from benchmark.mirror_points import Point, clean, evaluation_points, metric_points, result_points, timing_points
+from benchmark.opening import inside
 
 _MAX_VALUE = 6000
 _TAIL = 64
@@ -67,7 +68,7 @@ def find_cells(study: Path) -> list[Cell]:
     """The cells of a results folder that have begun, in its plan's order; a single run is its own cell."""
     plan = read_json(study / "plan.json")
     if plan is not None:
-        folders = [study / str(cell["dir"]) for cell in plan["cells"]]
+        folders = [inside(study, cell["dir"]) for cell in plan["cells"]]
     elif (study / "config.yaml").exists():
         folders = [study]
     else:

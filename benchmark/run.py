@@ -324,7 +324,8 @@ class Run:
         self.place = self.updates = 0
         self.signal = [0.0, 0.0, 0.0]
         for name in RECORDS:
-            restart(self.out / name, 0 if found is None else found[1]["records"].get(name, (0, ""))[0])
+            size = 0 if found is None else found[1]["records"].get(name, (0, ""))[0]
+            restart(self.out / name, size, done=self.out / "result.json")
         if found is None:
             return False
         file, state = found

@@ -132,8 +132,11 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> Path:
     """
     found = contents(folder)
     files = {name: file_hash(folder / name) for name in found.loose if not name.endswith(PARTIAL)}
-    results = {name: file_hash(folder / name) for name in found.sealed if name.rpartition("/")[2] == RESULT}
-    value = {**about, "unfinished": found.unfinished, "parts": found.parts, "files": files | results}
+    for name in found.sealed:
+        # Versions that knew no seals left leases and states of the mirror without one.
+        if Path(name).name == RESULT or (name != MANIFEST and not is_sealed((folder / name).read_bytes())):
+            files[name] = file_hash(folder / name)
+    value = {**about, "unfinished": found.unfinished, "parts": found.parts, "files": files}
     atomic_write_json(folder / MANIFEST, sealed(value))
     return folder / MANIFEST
 

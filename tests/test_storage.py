@@ -214,6 +214,35 @@ def test_a_sleeper_cannot_write_into_the_record_of_the_next_owner(tmp_path: Path
     assert read_rows(path)[0] == [{"row": 0}, {"row": 1, "by": "heir"}]
 
 
+@pytest.mark.parametrize("moment", ["before", "while it writes"])
+@pytest.mark.parametrize("size", [0, 10])
+def test_a_sleeper_in_the_middle_of_a_restart_leaves_the_finished_record_of_its_heir_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, size: int
+) -> None:
+    """It had read how much to keep, and slept; meanwhile the heir took over and finished."""
+    path, result, fsync = tmp_path / "ledger.jsonl", tmp_path / "result.json", os.fsync
+    append_rows(path, [{"row": 0}])
+
+    def heir() -> None:
+        monkeypatch.setattr(jsonl.os, "fsync", fsync)
+        restart(path, 10)
+        append_rows(path, [{"row": 1}])
+        result.touch()
+
+    def sleep(descriptor: int) -> None:
+        heir()
+        fsync(descriptor)
+
+    if moment == "before" or not size:
+        heir()
+    else:
+        monkeypatch.setattr(jsonl.os, "fsync", sleep)
+    with pytest.raises(StorageError, match="taken over by another process"):
+        restart(path, size, done=result)
+    assert read_rows(path)[0] == [{"row": 0}, {"row": 1}]
+    assert not list(tmp_path.glob("*.partial"))
+
+
 # --- full, read-only and vanished disks -----------------------------------------------------------------------
 
 FAULTS = {errno.ENOSPC: "No space left", errno.EROFS: "Read-only", errno.EIO: "Input/output"}
