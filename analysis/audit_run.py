@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from analysis.results import read_json
@@ -17,6 +16,7 @@ from benchmark.config import TaskConfig, canonical
 from benchmark.errors import InputError
 from benchmark.jsonl import Row, dumps, read_rows
 from benchmark.ledger import CURRENCIES, FATES, link
+from benchmark.opening import stored_config
 from benchmark.schema import digest
 from benchmark.seal import CONFIG, RESULT
 
@@ -47,7 +47,8 @@ def check_run(folder: Path) -> RunFindings:
     found = RunFindings()
     try:
         result = read_json(folder / RESULT) or {}
-        for name in (LEDGER, CONFIG, "evaluation.jsonl", "metrics.jsonl", "allocation.jsonl"):
+        config = stored_config(folder / CONFIG)
+        for name in (LEDGER, "evaluation.jsonl", "metrics.jsonl", "allocation.jsonl"):
             if not (folder / name).is_file():
                 found.wrong.append((name, "is missing"))
                 return found
@@ -57,7 +58,6 @@ def check_run(folder: Path) -> RunFindings:
         found.wrong += _accounts(rows, result)
         found.wrong += _evaluation(rows, read_rows(folder / "evaluation.jsonl")[0], result)
         found.wrong += _training(rows, folder, result)
-        config = _config(folder / CONFIG)
         found.wrong += _hashes(config, result)
         _provenance(config, result, found)
     except InputError as error:
@@ -152,21 +152,6 @@ def _training(rows: list[Row], folder: Path, result: Mapping[str, Any]) -> Wrong
         if given != spent["rollouts"] - before - probed:
             yield "allocation.jsonl", f"step {row['step']} gave {given} rollouts, the ledger has another number"
             return
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        # A few aliases can stand for gigabytes; the suite writes none.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise yaml.YAMLError("aliases")
-        value = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = type(error).__name__
-        raise InputError(f"not a stored configuration ({reason})", file=path, remedy="Restore it") from None
-    if not isinstance(value, dict):
-        raise InputError("not a stored configuration", file=path, remedy="Restore it")
-    return value
 
 
 def _hashes(config: Mapping[str, Any], result: Mapping[str, Any]) -> Wrong:

@@ -25,7 +25,7 @@ from analysis.table_scores import (
 )
 from analysis.table_spend import cost_table, ranking_table, rollouts_table, seconds_table, spend_table
 from analysis.table_variance import variance_table
-from analysis.tables import Table
+from analysis.tables import Table, no_html
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_text, clear_partial
 from benchmark.seal import write_manifest
@@ -173,7 +173,7 @@ def _compose(
         "Measured on": _listed(measured_on(study)),
     }
     body = "".join(f"## {title}\n\n{text.strip()}\n\n" for title, text in sections.items() if text.strip())
-    return f"# {study.name}\n\n{_opening(scores)}\n\n{body.rstrip()}\n"
+    return no_html(f"# {study.name}\n\n{_opening(scores)}\n\n{body.rstrip()}\n")
 
 
 def _opening(scores: Scores) -> str:

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from benchmark.errors import InputError
 from benchmark.jsonl import Row, read_rows
 from benchmark.ledger import CURRENCIES, FATES, UNCHARGED_PHASES
-from benchmark.opening import check_folder, check_plan
+from benchmark.opening import check_folder, check_plan, stored_config
 
 MEASURED = ("device_seconds", "verifier_seconds")
 _DEFAULT_KS = (1, 8, 32)
@@ -230,7 +229,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise InputError("not a JSON object", file=path, remedy="Restore it, or run the cell again")
@@ -391,5 +390,6 @@ def _ks(folder: Path, done: list[_Record]) -> tuple[int, ...]:
     path = folder / str(done[0].row["dir"]) / "config.yaml"
     if not path.exists():
         return _DEFAULT_KS
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    return tuple(config.get("evaluation", {}).get("k") or _DEFAULT_KS)
+    section = stored_config(path).get("evaluation")
+    found = section.get("k") if isinstance(section, dict) else None
+    return tuple(int(k) for k in found) if isinstance(found, list) and found else _DEFAULT_KS

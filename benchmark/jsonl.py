@@ -165,7 +165,7 @@ def rows_with_offsets(path: Path, offset: int = 0) -> list[tuple[Row, int]]:
         end += len(line) + 1
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise InputError(

@@ -8,6 +8,8 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmark.errors import InputError
 
 _REMEDY = "Ask where the folder comes from; to keep results on another disk, link the whole results folder"
@@ -72,6 +74,26 @@ def check_plan(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(plan.get(key, ""), str):
             raise InputError("is not text", file=file, key=key, value=plan[key], remedy=remedy)
     return plan
+
+
+def stored_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file that the suite has stored: no tags of objects, no aliases.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        # A few aliases can stand for gigabytes; the suite writes none.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise yaml.YAMLError("aliases")
+        value = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = type(error).__name__
+        raise InputError(f"not a stored configuration ({reason})", file=path, remedy="Restore it") from None
+    if not isinstance(value, dict):
+        raise InputError("not a stored configuration", file=path, remedy="Restore it")
+    return value
 
 
 def printable(text: str) -> str:

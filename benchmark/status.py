@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from benchmark.cells import read_json, running
+from benchmark.errors import InputError
 from benchmark.jsonl import read_rows
 from benchmark.opening import inside, printable
 from benchmark.progress import duration, short
@@ -83,9 +84,17 @@ class StudyStatus:
 
 def read_status(folder: Path, plan: dict[str, Any]) -> StudyStatus:
     """The state of every cell that ``plan.json`` in `folder` names."""
-    currency = str(plan["primary_currency"])
-    cells = tuple(_cell(inside(folder, cell["dir"]), cell["arm"], cell["seed"], currency) for cell in plan["cells"])
-    return StudyStatus(str(plan["study"]), currency, cells)
+    currency = str(plan.get("primary_currency", "tokens_generated"))
+    cells = [_read(inside(folder, cell["dir"]), cell["arm"], cell["seed"], currency) for cell in plan.get("cells", [])]
+    return StudyStatus(str(plan.get("study", folder.name)), currency, tuple(cells))
+
+
+def _read(folder: Path, arm: str, seed: int, currency: str) -> CellStatus:
+    try:
+        return _cell(folder, arm, seed, currency)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        what = f"a record of the cell lacks what it should hold ({type(error).__name__}: {error})"
+        raise InputError(what, file=folder, remedy="Restore it, or delete the cell and run it again") from None
 
 
 def _cell(folder: Path, arm: str, seed: int, currency: str) -> CellStatus:
