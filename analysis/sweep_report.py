@@ -112,8 +112,8 @@ def _best(record: SweepRecord) -> str:
 def _reproduce(record: SweepRecord) -> str:
     command = "rolloutbench sweep DIR/sweep.yaml --out DIR"
     return (
-        f"```\n{command}\n```\n\nDIR is this folder; only what is missing runs. `rolloutbench report DIR` makes the report "
-        "again; `optuna-dashboard DIR/journal.log` shows the trials."
+        f"```\n{command}\n```\n\nDIR is this folder; only what is missing runs. `rolloutbench report DIR` makes the "
+        "report again; `optuna-dashboard DIR/journal.log` shows the trials."
     )
 
 

@@ -25,7 +25,7 @@ from benchmark.cli_replay import replay
 from benchmark.cli_replay_batch import replay_batch
 from benchmark.cli_sweep import sweep
 from benchmark.cli_variance import variance
-from benchmark.errors import REMEDIES, InputError, RunError, storage_error
+from benchmark.errors import NO_NAME, REMEDIES, InputError, RunError, storage_error
 from benchmark.opening import check_folder, check_plan, printable
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ class _Group(TyperGroup):
             typer.echo(printable(f"error: {error}"), err=True)
             raise typer.Exit(FAILED) from None
         except OSError as error:
+            if error.errno in NO_NAME:
+                typer.echo(printable(f"error: {error.filename}: {error.strerror}. Choose another name"), err=True)
+                raise typer.Exit(BAD_INPUT) from None
             if error.errno not in REMEDIES:
                 raise
             typer.echo(printable(f"error: {storage_error(error)}"), err=True)
