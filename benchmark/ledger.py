@@ -69,7 +69,7 @@ class Ledger:
     evaluated: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CURRENCIES, 0))
     oracle: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CURRENCIES, 0))
     drawn: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
-    head: str | None = ""
+    head: str | None = field(default="", kw_only=True)
     record: Record = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -98,10 +98,8 @@ class Ledger:
     @classmethod
     def restore(cls, path: Path, state: dict[str, Any]) -> Ledger:
         """A ledger that goes on at `path` from the totals of `state`."""
-        totals = [dict(state[name]) for name in ("spent", "evaluated", "oracle", "drawn")]
-        ledger = cls(path, state["rows"], *totals)
-        ledger.head = state.get("head")
-        return ledger
+        totals = (dict(state[name]) for name in ("spent", "evaluated", "oracle", "drawn"))
+        return cls(path, state["rows"], *totals, head=state.get("head"))
 
 
 @dataclass(frozen=True)

@@ -169,16 +169,13 @@ class Run:
         self.budget = Budget(config.budget.currency, config.budget.amount)
         self.history = PromptHistory(len(train), self.method.half_life)
         self.prices = Prices(policy.size)
-        self.step, self.points, self.elapsed = 0, 0, 0.0
-        self.code: list[dict[str, Any]] = []
-        self.seconds: dict[str, float] = {}
+        self.step, self.points, self.elapsed, self.seconds = 0, 0, 0.0, dict[str, float]()
         self.saved: tuple[int, int] | None = None  # step and points of the newest checkpoint
         self.save_after = time.monotonic() + CHECKPOINT_SECONDS
         self.ledger = Ledger(out / "ledger.jsonl")
         self.trace = Trace(policy, train)
         features = self._features(pool)  # of the policy before RL: a checkpoint would replace it
         fresh = not self._resume()
-        self.code += [code_state()] if code_state() not in self.code else []
         self.records = {name: Record(out / name) for name in RECORDS} | {"ledger.jsonl": self.ledger.record}
         self.history.features = features
         if features.size and fresh:
@@ -322,7 +319,7 @@ class Run:
         """Continue from the newest whole checkpoint, or (False) from nothing: records are cut back to what it knew."""
         found = checkpoint.latest(self.out / "checkpoint", self._fits)
         self.place = self.updates = 0
-        self.signal = [0.0, 0.0, 0.0]
+        self.signal, self.code = [0.0, 0.0, 0.0], [code_state()]
         for name in RECORDS:
             size = 0 if found is None else found[1]["records"].get(name, (0, ""))[0]
             restart(self.out / name, size, done=self.out / "result.json")
@@ -334,7 +331,8 @@ class Run:
         self.step, self.place, self.points = state["step"], state["place"], state["points"]
         self.saved = (self.step, self.points)
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]
-        self.signal, self.code = state["signal"], state.get("code", [])
+        self.signal, known = state["signal"], state.get("code", [])
+        self.code = known if code_state() in known else [*known, code_state()]
         self.trace.restore(state.get("trace", []))
         self.ledger = Ledger.restore(self.out / "ledger.jsonl", state["ledger"])
         return True
