@@ -108,7 +108,7 @@ def _row(line: str, path: Path, number: int) -> tuple[str, list[int], list[int]]
         raise bad(f"has {len(trials)} entries for {len(correct)} visits", "n_rollouts")
     for c, n in zip(correct, trials, strict=True):
         if type(n) is not int or not 2 <= n <= MOST:
-            raise bad(f"is not a whole number of rollouts from 2 to {MOST}", "n_rollouts", n)
+            raise bad(f"is not a whole number of at least 2 rollouts, at most {MOST}", "n_rollouts", n)
         if type(c) is not int or not 0 <= c <= n:
             raise bad(f"is not a whole number from 0 to {n}", "correct", c)
     return str(row["id"]), correct, trials
