@@ -153,3 +153,10 @@ def dashboard(session: nox.Session) -> None:
     """MLflow and optuna-dashboard on 127.0.0.1, with a link for every study (options behind `--`)."""
     install_tool(session, "mlflow", "optuna-dashboard", "typer")
     session.run("python", "-m", "benchmark.cli_dashboard", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
+def audit(session: nox.Session) -> None:
+    """Verify a results folder: hash chains, accounts, hashes of files, tables and figures made again; read-only."""
+    install(session)
+    session.run("rolloutbench", "audit", *(session.posargs or ["results/main_table"]), env=ENVIRONMENT)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from analysis.comparisons import Scores
 from analysis.formatting import amount, counted, currency_name, exact
 from analysis.results import Study
 from benchmark.ledger import FATES
+from benchmark.source import code_state
+
+LIBRARIES = ("matplotlib", "numpy", "pandas", "seaborn")
 
 _SHARED = {
     0: "so no difference is shown",
@@ -91,3 +96,8 @@ def measured_on(study: Study) -> list[str]:
             "with the seconds measured there."
         )
     return lines
+
+
+def made_by() -> dict[str, Any]:
+    """The code and the libraries that write a report now; with the same ones the same records give the same bytes."""
+    return {"code": code_state(), "libraries": {name: version(name) for name in LIBRARIES}}

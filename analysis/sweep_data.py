@@ -23,6 +23,7 @@ from benchmark.errors import InputError
 from benchmark.jsonl import read_rows
 from benchmark.layers import read_yaml, validate
 from benchmark.ledger import CURRENCIES
+from benchmark.opening import check_folder, inside
 from benchmark.sweep_config import SweepConfig
 from benchmark.sweep_space import Sweep
 from benchmark.sweep_trial import DIVERGED, DONE
@@ -124,11 +125,14 @@ def load_sweep(folder: Path) -> SweepRecord:
     """
     if not (folder / "sweep.yaml").exists():
         raise InputError("no sweep.yaml there", file=folder, remedy="Give the results folder of a sweep")
+    check_folder(folder)
     written = read_yaml(folder / "sweep.yaml")
     sweep = Sweep(validate(SweepConfig, written), written)
     config = sweep.config
     rows = [_trial(folder, arm.label, n) for arm in config.arms for n in range(config.trials)]
-    spend = [found for row in rows for cell in row["cells"] if (found := _spend(folder / cell["dir"], row, cell))]
+    spend = [
+        found for row in rows for cell in row["cells"] if (found := _spend(inside(folder, cell["dir"]), row, cell))
+    ]
     final, scores = folder / "final", None
     if any(final.glob("cells/*/result.json")):
         scores = Scores(load_study(final))

@@ -1,4 +1,4 @@
-"""The `rolloutbench` command. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted."""
+"""The `rolloutbench` command. Exit codes: 0 done, 1 failed or not in agreement, 2 bad input, 130 interrupted."""
 
 # ruff: noqa: D301 (typer takes a backspace in a docstring as "keep these lines")
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from benchmark.cli_audit import audit
 from benchmark.cli_author import check, complete_method, new_method
 from benchmark.cli_compare import compare
 from benchmark.cli_dashboard import dashboard
@@ -24,7 +25,8 @@ from benchmark.cli_replay import replay
 from benchmark.cli_replay_batch import replay_batch
 from benchmark.cli_sweep import sweep
 from benchmark.cli_variance import variance
-from benchmark.errors import REMEDIES, InputError, RunError, storage_error
+from benchmark.errors import NO_NAME, REMEDIES, InputError, RunError, storage_error
+from benchmark.opening import check_folder, check_plan, printable
 
 if TYPE_CHECKING:
     from benchmark.compose import Plan
@@ -41,15 +43,18 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(printable(f"error: {error}"), err=True)
             raise typer.Exit(BAD_INPUT) from None
         except RunError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(printable(f"error: {error}"), err=True)
             raise typer.Exit(FAILED) from None
         except OSError as error:
+            if error.errno in NO_NAME:
+                typer.echo(printable(f"error: {error.filename}: {error.strerror}. Choose another name"), err=True)
+                raise typer.Exit(BAD_INPUT) from None
             if error.errno not in REMEDIES:
                 raise
-            typer.echo(f"error: {storage_error(error)}", err=True)
+            typer.echo(printable(f"error: {storage_error(error)}"), err=True)
             raise typer.Exit(FAILED) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
@@ -188,6 +193,7 @@ app.command()(doctor)
 app.command()(compare)
 app.command()(dashboard)
 app.command()(sweep)
+app.command()(audit)
 
 
 @app.command()
@@ -311,7 +317,8 @@ def _plan_in(folder: Path) -> dict[str, Any]:
     plan = read_json(folder / "plan.json")
     if plan is None:
         raise InputError("no plan.json there", file=folder, remedy="Give the results folder of a study")
-    return plan
+    check_folder(folder)
+    return check_plan(folder, plan)
 
 
 def _finish(outcome: Outcome, folder: Path) -> None:

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +111,32 @@ def fingerprint(path: Path, size: int | None = None) -> tuple[int, str]:
     return len(data), hashlib.sha256(data).hexdigest()
 
 
-def restart(path: Path, size: int) -> None:
+def restart(path: Path, size: int, done: Path | None = None) -> None:
     """Begin a new file at `path` with the first `size` bytes of the old one; processes that had it open keep the old.
 
+    A process that slept at any moment of this while another took the work over leaves the other's file alone.
+
+    Args:
+        done: a file whose presence means that the work is finished.
+
     Raises:
-        StorageError: it cannot be written.
+        StorageError: it cannot be written, is another process's by now, or the work is finished.
     """
     with storing(path):
-        if size:
-            _replace(path, path.read_bytes()[:size])
-        else:
-            path.unlink(missing_ok=True)
+        if not path.exists():
+            return
+        with path.open("rb") as old:
+
+            def ours() -> None:
+                same = path.exists() and os.path.samestat(os.fstat(old.fileno()), path.stat())
+                if not same or (done is not None and done.exists()):
+                    raise StorageError(path, "taken over by another process meanwhile")
+
+            ours()
+            if size:
+                _replace(path, old.read(size), ours)
+            else:
+                path.unlink()
 
 
 def read_rows(path: Path, offset: int = 0) -> tuple[list[Row], int]:
@@ -150,7 +165,7 @@ def rows_with_offsets(path: Path, offset: int = 0) -> list[tuple[Row, int]]:
         end += len(line) + 1
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise InputError(
@@ -188,7 +203,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         _replace(path, data)
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, data: bytes, allowed: Callable[[], None] = lambda: None) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_writer()}-", suffix=PARTIAL)
     temporary = Path(name)
     try:
@@ -197,6 +212,7 @@ def _replace(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
+        allowed()
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,14 @@ from benchmark.jsonl import (
     read_rows,
     restart,
 )
-from benchmark.ledger import UNCHARGED_PHASES, Budget, Ledger, Prices
+from benchmark.ledger import Budget, Ledger, Prices
 from benchmark.numerics import NumericalError
 from benchmark.policy import Policy, prepare_machine
 from benchmark.preflight import check_verifier, preflight
 from benchmark.probing import prompt_features
-from benchmark.problems import load_task
+from benchmark.problems import digest, load_task
+from benchmark.result import result_of
+from benchmark.source import code_state
 from benchmark.step_metrics import allocation_row, rollout_metrics
 from benchmark.trace import EvaluationTrace, Trace
 from benchmark.update import Updater, make_optimiser
@@ -159,6 +160,7 @@ class Run:
         self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
         self.backend = backend.make(policy, config.backend, start)
         train, held_out = load_task(config.task, out / "contamination.jsonl")
+        self.data = {"train": digest(train), "evaluation": digest(held_out)}
         self.verifier = Verifier(answer_form=config.task.answer_form)
         pool = Pool.of(train, policy, config.seed, device)
         rollout, temperature = config.rollout, config.evaluation.temperature
@@ -167,8 +169,7 @@ class Run:
         self.budget = Budget(config.budget.currency, config.budget.amount)
         self.history = PromptHistory(len(train), self.method.half_life)
         self.prices = Prices(policy.size)
-        self.step, self.points, self.elapsed = 0, 0, 0.0
-        self.seconds: dict[str, float] = {}
+        self.step, self.points, self.elapsed, self.seconds = 0, 0, 0.0, dict[str, float]()
         self.saved: tuple[int, int] | None = None  # step and points of the newest checkpoint
         self.save_after = time.monotonic() + CHECKPOINT_SECONDS
         self.ledger = Ledger(out / "ledger.jsonl")
@@ -303,6 +304,7 @@ class Run:
             "signal": self.updater.signal,
             "elapsed": self.elapsed + time.time() - self.started,
             "seconds": self.seconds,
+            "code": self.code,
             "ledger": self.ledger.state(),
             "trace": self.trace.rows,
             "records": {name: fingerprint(self.out / name) for name in RECORDS},
@@ -317,9 +319,10 @@ class Run:
         """Continue from the newest whole checkpoint, or (False) from nothing: records are cut back to what it knew."""
         found = checkpoint.latest(self.out / "checkpoint", self._fits)
         self.place = self.updates = 0
-        self.signal = [0.0, 0.0, 0.0]
+        self.signal, self.code = [0.0, 0.0, 0.0], [code_state()]
         for name in RECORDS:
-            restart(self.out / name, 0 if found is None else found[1]["records"].get(name, (0, ""))[0])
+            size = 0 if found is None else found[1]["records"].get(name, (0, ""))[0]
+            restart(self.out / name, size, done=self.out / "result.json")
         if found is None:
             return False
         file, state = found
@@ -328,7 +331,8 @@ class Run:
         self.step, self.place, self.points = state["step"], state["place"], state["points"]
         self.saved = (self.step, self.points)
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]
-        self.signal = state["signal"]
+        self.signal, known = state["signal"], state.get("code", [])
+        self.code = known if code_state() in known else [*known, code_state()]
         self.trace.restore(state.get("trace", []))
         self.ledger = Ledger.restore(self.out / "ledger.jsonl", state["ledger"])
         return True
@@ -363,31 +367,10 @@ class Run:
         self.progress(RunProgress(self.budget.currency, self.budget.amount, spent, self.step, message))
 
     def _finish(self) -> None:
-        config, spent = self.config, self.ledger.spent
-        training = sum(value for phase, value in self.seconds.items() if phase not in UNCHARGED_PHASES)
         for record in self.records.values():
             record.check()
             record.sync()
         self.policy.save(self.out / "policy")
         self.report("done", f"{self.step} steps")
-        result: dict[str, Any] = {
-            "run_hash": config.run_hash,
-            "plan_hash": config.plan_hash,
-            "study": config.study,
-            "arm": config.arm,
-            "seed": config.seed,
-            "scale": config.scale,
-            "planned": {self.budget.currency: self.budget.amount},
-            "spent": spent | {"device_seconds": training, "verifier_seconds": self.seconds.get("verify", 0.0)},
-            "overshoot": spent[self.budget.currency] - self.budget.amount,
-            "steps": self.step,
-            "drawn": self.ledger.drawn,
-            "evaluation_tokens": self.ledger.evaluated["tokens_generated"],
-            "oracle": self.ledger.oracle,
-            "seconds": self.seconds,
-            "wall_seconds": self.elapsed + time.time() - self.started,
-            "device": self.clock.device.type,
-            "versions": {name: version(name) for name in ("torch", "transformers", "trl", "numpy", "rolloutbench")},
-        }
-        atomic_write_json(self.out / "result.json", result)
+        atomic_write_json(self.out / "result.json", result_of(self))
         checkpoint.clear(self.out / "checkpoint")

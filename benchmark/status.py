@@ -14,7 +14,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from benchmark.cells import read_json, running
+from benchmark.errors import InputError
 from benchmark.jsonl import read_rows
+from benchmark.opening import inside, printable
 from benchmark.progress import duration, short
 
 State = Literal["done", "running", "failed", "stopped", "waiting"]
@@ -82,9 +84,17 @@ class StudyStatus:
 
 def read_status(folder: Path, plan: dict[str, Any]) -> StudyStatus:
     """The state of every cell that ``plan.json`` in `folder` names."""
-    currency = str(plan["primary_currency"])
-    cells = tuple(_cell(folder / cell["dir"], cell["arm"], cell["seed"], currency) for cell in plan["cells"])
-    return StudyStatus(str(plan["study"]), currency, cells)
+    currency = str(plan.get("primary_currency", "tokens_generated"))
+    cells = [_read(inside(folder, cell["dir"]), cell["arm"], cell["seed"], currency) for cell in plan.get("cells", [])]
+    return StudyStatus(str(plan.get("study", folder.name)), currency, tuple(cells))
+
+
+def _read(folder: Path, arm: str, seed: int, currency: str) -> CellStatus:
+    try:
+        return _cell(folder, arm, seed, currency)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        what = f"a record of the cell lacks what it should hold ({type(error).__name__}: {error})"
+        raise InputError(what, file=folder, remedy="Restore it, or delete the cell and run it again") from None
 
 
 def _cell(folder: Path, arm: str, seed: int, currency: str) -> CellStatus:
@@ -134,9 +144,10 @@ def render(status: StudyStatus) -> Group:
     unit = {"tokens_generated": "tokens"}.get(status.currency, status.currency)
     share = f" ({100 * status.spent / status.planned:.0f} %)" if status.planned else ""
     left = "" if status.seconds_left is None else f"; about {duration(status.seconds_left)} left"
-    head = Text(f"{status.study}: {counts} of {len(status.cells)} cells; ")
+    head = Text(f"{printable(status.study)}: {counts} of {len(status.cells)} cells; ")
     head.append(f"{short(status.spent)}/{short(status.planned)} {unit}{share}{left}")
-    failed = [Text(f"failed: {c.arm} s{c.seed}: {c.message}", style="red") for c in status.cells if c.state == "failed"]
+    said = [f"failed: {c.arm} s{c.seed}: {c.message}" for c in status.cells if c.state == "failed"]
+    failed = [Text(printable(line), style="red") for line in said]
     now = [cell for cell in status.cells if cell.state == "running"]
     return Group(head, _arms(status.cells), *([_running(now)] if now else []), *failed)
 
@@ -150,7 +161,7 @@ def _arms(cells: Sequence[CellStatus]) -> Table:
         found = Counter(cell.state for cell in mine)
         final = [cell.accuracy for cell in mine if cell.final and cell.accuracy is not None]
         accuracy = f"{100 * sum(final) / len(final):.1f}" if final else ""
-        table.add_row(arm, *(str(found[state] or "") for state in states), accuracy)
+        table.add_row(Text(printable(arm)), *(str(found[state] or "") for state in states), accuracy)
     return table
 
 
@@ -160,7 +171,8 @@ def _running(cells: Sequence[CellStatus]) -> Table:
     for cell in cells:
         share = f"{100 * cell.spent / cell.planned:.0f} %" if cell.planned else ""
         latest = "" if cell.accuracy is None else f"{100 * cell.accuracy:.1f}"
-        table.add_row(f"{cell.arm} s{cell.seed}", share, latest, cell.message)
+        told = [f"{cell.arm} s{cell.seed}", share, latest, cell.message]
+        table.add_row(*(Text(printable(text)) for text in told))  # as it is: brackets are no markup
     return table
 
 

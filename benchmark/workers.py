@@ -105,7 +105,8 @@ def _attempt(cell: Job, lease: Lease, invocation: str, stop: Event, run: RunCell
             if stopping:
                 return
             traceback.print_exc()
-            if not isinstance(error, LeaseLostError):
+            # A sleeper whose cell was taken over notices by what it cannot write; the cell is not its to judge.
+            if lease.held and not isinstance(error, LeaseLostError):
                 cell.mark_failed(invocation, f"{type(error).__name__}: {error}")
 
 

@@ -31,7 +31,7 @@ STEPS = 4
 def work(cell: Cell) -> None:
     """One cell to its end; the result is a chain of hashes over its steps, so a lost or doubled step changes it."""
     path = cell.folder / "steps.jsonl"
-    restart(path, read_rows(path)[1])
+    restart(path, read_rows(path)[1], done=cell.folder / "result.json")
     rows, record = read_rows(path)[0], Record(path)
     chain = rows[-1]["chain"] if rows else cell.run_hash
     for step in range(len(rows), STEPS):
