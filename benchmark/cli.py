@@ -105,7 +105,8 @@ def run(
     asked = [*_budget(budget), *(options or [])]
     planned = compose_run(method, scale=scale, task=task, seed=seed, options=asked, file=config)
     _finish(run_single(planned, out), out)
-    typer.echo(f"done: {out}")
+    if os.environ.get("RANK", "0") == "0":  # the first of the processes that a launcher started
+        typer.echo(f"done: {out}")
 
 
 @app.command()
@@ -361,3 +362,7 @@ def _show_plan(plan: Plan, folder: Path, workers: int | None) -> None:
         f"smallest detectable difference in pass@1: {smallest:.1f} points with {seeds} "
         f"(80 % power; paired sd {100 * (sd or ASSUMED_SD):.1f} points, {source})"
     )
+
+
+if __name__ == "__main__":  # `accelerate launch -m benchmark.cli run ...`
+    main()

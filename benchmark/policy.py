@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from benchmark import ranks
 from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig
 from benchmark.errors import StorageError, storing
 from benchmark.jsonl import PARTIAL, sync_folder
@@ -28,11 +29,12 @@ def prepare_machine(threads: int = 1) -> torch.device:
     full float32 precision: on CPU, lower ones select kernels that are built anew for every number of rows, and
     ragged batches have a new one each time. glibc keeps freed memory, since fresh pages cost more than small kernels.
     """
+    ranks.start()
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("highest")
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return ranks.device()
     with contextlib.suppress(OSError, AttributeError):  # not glibc: slower, not different
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD

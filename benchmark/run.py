@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmark import backend, bundle, checkpoint, engine, machine, registry
+from benchmark import backend, bundle, checkpoint, engine, machine, ranks, registry
 from benchmark.clock import Clock
 from benchmark.collect import Collector
 from benchmark.config import RunConfig
@@ -156,6 +156,8 @@ class Run:
         self.method = registry.build(config.method.name, config.method.params)
         written, start = config.policy, ensure_policy(config)
         policy = Policy.load(start, device, backend=config.backend, template=written.template, lora=written.lora)
+        for value in policy.parameters().values():  # fresh adapters are random
+            ranks.share(value.data, 0)
         self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
         self.backend = backend.make(policy, config.backend, start)
         train, held_out = load_task(config.task, out / "contamination.jsonl")
@@ -225,7 +227,7 @@ class Run:
             if self.points < last and spent * last >= self.points * self.budget.amount:
                 self._evaluate(final=False)
                 self._save()
-            if should_stop():
+            if ranks.agree(should_stop()):
                 self._save()
                 raise Interrupted
             self.step_once()
@@ -288,7 +290,7 @@ class Run:
 
     def _save(self) -> None:
         """Write a checkpoint, unless this very state has one; records go to the disk before what counts on them."""
-        if self.saved == (self.step, self.points):
+        if self.saved == (self.step, self.points) or ranks.rank() > 0:
             return
         begin = time.monotonic()
         for record in self.records.values():
@@ -315,11 +317,13 @@ class Run:
 
     def _resume(self) -> bool:
         """Continue from the newest whole checkpoint, or (False) from nothing: records are cut back to what it knew."""
-        found = checkpoint.latest(self.out / "checkpoint", self._fits)
+        first = ranks.rank() == 0
+        found = ranks.agree(checkpoint.latest(self.out / "checkpoint", self._fits) if first else None)
+        kept = found[1]["records"] if first and found else {}
         self.place = self.updates = 0
         self.signal = [0.0, 0.0, 0.0]
         for name in RECORDS:
-            restart(self.out / name, 0 if found is None else found[1]["records"].get(name, (0, ""))[0])
+            restart(self.out / name, kept.get(name, (0, ""))[0])
         if found is None:
             return False
         file, state = found
@@ -363,8 +367,10 @@ class Run:
         self.progress(RunProgress(self.budget.currency, self.budget.amount, spent, self.step, message))
 
     def _finish(self) -> None:
+        if ranks.rank() > 0:
+            return
         config, spent = self.config, self.ledger.spent
-        training = sum(value for phase, value in self.seconds.items() if phase not in UNCHARGED_PHASES)
+        training = ranks.size() * sum(value for phase, value in self.seconds.items() if phase not in UNCHARGED_PHASES)
         for record in self.records.values():
             record.check()
             record.sync()
@@ -387,6 +393,7 @@ class Run:
             "seconds": self.seconds,
             "wall_seconds": self.elapsed + time.time() - self.started,
             "device": self.clock.device.type,
+            "processes": ranks.size(),
             "versions": {name: version(name) for name in ("torch", "transformers", "trl", "numpy", "rolloutbench")},
         }
         atomic_write_json(self.out / "result.json", result)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import tempfile
 import threading
 import time
 import uuid
@@ -126,6 +128,9 @@ def run_study(
         InputError: a folder holds another run.
         WorkersFailedError: worker processes cannot start.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        remedy = "Start it without a launcher, on every machine that shares the results folder; or launch `run`"
+        raise InputError("several processes of a launcher cannot share a study", key="WORLD_SIZE", remedy=remedy)
     display = display or Display()
     cells = [Cell.of(folder, config) for config in plan.runs]
     for cell in cells:
@@ -163,12 +168,16 @@ def run_single(config: RunConfig, out: Path, *, display: Display | None = None) 
         StorageError: a file cannot be written.
         KeyboardInterrupt: a second Ctrl-C.
     """
+    from benchmark import ranks
     from benchmark.run import Interrupted, run_cell
 
+    ranks.start()
+    if ranks.rank() > 0:
+        return _take_part(config)
     display = display or Display()
     cell = Cell(config, out)
     cell.check()
-    if cell.result() is not None:
+    if ranks.agree(cell.result() is not None):
         return Outcome(1, 1, {}, False)
     _warm_up([config], None, display)
     lease = claim(out)
@@ -176,6 +185,7 @@ def run_single(config: RunConfig, out: Path, *, display: Display | None = None) 
         holder = owner(out) or {}
         who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
         raise InputError(f"{who} is running it", file=out, remedy="Wait for it, or choose another folder")
+    ranks.agree(None)  # the others wait until the policy is there
 
     def show(at: RunProgress) -> None:
         display.update(Bar(f"{config.arm} seed {config.seed}", at.spent, at.planned, at.currency, at.message))
@@ -192,6 +202,22 @@ def run_single(config: RunConfig, out: Path, *, display: Display | None = None) 
     with lease, Interrupts(patience=1) as interrupts, display:
         try:
             run_cell(config, out, progress=show, should_stop=should_stop)
+        except Interrupted:
+            return Outcome(0, 1, {}, True)
+    return Outcome(1, 1, {}, False)
+
+
+def _take_part(config: RunConfig) -> Outcome:
+    """Another process than the first of a run (`benchmark.ranks`): it works, and what it writes is thrown away."""
+    from benchmark import ranks
+    from benchmark.run import Interrupted, run_cell
+
+    if ranks.agree(None):
+        return Outcome(1, 1, {}, False)
+    ranks.agree(None)
+    with Interrupts(), tempfile.TemporaryDirectory(prefix="rank-") as folder:
+        try:
+            run_cell(config, Path(folder))
         except Interrupted:
             return Outcome(0, 1, {}, True)
     return Outcome(1, 1, {}, False)
