@@ -119,6 +119,10 @@ def study(
     options: Set = None,
     out: Annotated[Path | None, typer.Option(help="Results folder; results/<study> by default.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Workers on a Ray cluster: auto, an address, or local.")
+    ] = None,
+    gpus: Annotated[float, typer.Option("--gpus-per-worker", min=0, help="Of a worker on a Ray cluster.")] = 0.0,
     tracking_uri: Tracking = STORE,
     mlflow: Annotated[bool, typer.Option(help="Mirror the results to MLflow.")] = True,
 ) -> None:
@@ -131,9 +135,11 @@ def study(
       rolloutbench study main_table
       rolloutbench study configs/studies/main_table.yaml --scale smoke --dry-run
       rolloutbench study main_table --seeds 16 --workers 8 --out results/sixteen_seeds
+      rolloutbench study main_table --scale paper-1.5b --ray auto --gpus-per-worker 1
     """
     from benchmark.compose import compose_study
     from benchmark.study import run_study
+    from benchmark.workers import Pool
 
     _one_thread()
     plan = compose_study(file, scale=scale, seeds=seeds, options=[*_budget(budget), *(options or [])])
@@ -141,7 +147,14 @@ def study(
     if dry_run:
         _show_plan(plan, folder, workers)
         return
-    _finish(run_study(plan, folder, workers=workers, tracking_uri=tracking_uri if mlflow else None), folder)
+    pool: Any = Pool
+    if ray is not None:
+        from benchmark.ray_workers import RayPool, connect
+
+        held = connect(ray, gpus)
+        workers, pool = workers or held, partial(RayPool, gpus=gpus)
+    uri = tracking_uri if mlflow else None
+    _finish(run_study(plan, folder, workers=workers, tracking_uri=uri, pool=pool), folder)
     typer.echo(f"done: {folder / 'REPORT.md'}")
 
 

@@ -22,7 +22,7 @@ from benchmark.config import RunConfig, digest
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_json
 from benchmark.progress import Bar, Display
-from benchmark.workers import Pool, default_workers
+from benchmark.workers import Pool, Workers, default_workers
 
 if TYPE_CHECKING:
     from benchmark.run import RunProgress
@@ -110,6 +110,7 @@ def run_study(
     workers: int | None = None,
     tracking_uri: str | None = None,
     run: RunCell | None = None,
+    pool: Callable[[Sequence[Cell], int, str, Path, RunCell | None], Workers] = Pool,
     prepare: Callable[[RunConfig], object] | None = None,
     report: Callable[[Path], object] | None = None,
     display: Display | None = None,
@@ -121,7 +122,8 @@ def run_study(
         folder: ``results/<study>``.
         workers: processes; one per core by default.
         tracking_uri: MLflow store that follows the files; None for no mirror.
-        run, prepare, report: replace training, warm-up and report (tests, other schedulers).
+        pool: makes the workers from cells, count, invocation, log and `run`.
+        run, prepare, report: replace training, warm-up and report (tests).
         display: where progress is shown.
 
     Raises:
@@ -145,10 +147,10 @@ def run_study(
         if missing:
             _warm_up([cell.config for cell in missing], prepare, display)
             count = min(workers or default_workers(), len(missing))
-            pool = Pool(cells, count, invocation, folder / "workers.log", run)
+            team = pool(cells, count, invocation, folder / "workers.log", run)
             finished: dict[str, int] = {}
             with interrupts:
-                supervise(pool, interrupts, display, lambda: bars(cells, finished))
+                supervise(team, interrupts, display, lambda: bars(cells, finished))
         failed = {cell.folder.name: why for cell in cells if (why := cell.failure(invocation)) is not None}
         done = sum(cell.result() is not None for cell in cells)
         if failed:
@@ -249,7 +251,9 @@ def bars(cells: Sequence[Cell], done: dict[str, int]) -> tuple[Bar, list[Bar]]:
     return Bar(total, spent + sum(done.values()), planned, currency), running
 
 
-def supervise(pool: Pool, interrupts: Interrupts, display: Display, look: Callable[[], tuple[Bar, list[Bar]]]) -> None:
+def supervise(
+    pool: Workers, interrupts: Interrupts, display: Display, look: Callable[[], tuple[Bar, list[Bar]]]
+) -> None:
     """Let the workers of `pool` run until nothing is left, or until they are told to stop.
 
     Args:
