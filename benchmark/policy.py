@@ -77,7 +77,10 @@ class Policy:
         model = load_model(path, device, backend, lora)
         if backend.name == "native":
             Shape.of(model.config)
-        return cls(model, AutoTokenizer.from_pretrained(path), template or TemplateConfig())
+        loaded = cls(model, AutoTokenizer.from_pretrained(path), template or TemplateConfig())
+        for value in loaded.parameters().values():  # fresh adapters are random
+            ranks.share(value.data, 0)
+        return loaded
 
     def save(self, path: Path) -> None:
         """Write model (safetensors) and tokenizer as a transformers folder, which is there whole or not at all.

@@ -156,8 +156,6 @@ class Run:
         self.method = registry.build(config.method.name, config.method.params)
         written, start = config.policy, ensure_policy(config)
         policy = Policy.load(start, device, backend=config.backend, template=written.template, lora=written.lora)
-        for value in policy.parameters().values():  # fresh adapters are random
-            ranks.share(value.data, 0)
         self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
         self.backend = backend.make(policy, config.backend, start)
         train, held_out = load_task(config.task, out / "contamination.jsonl")
