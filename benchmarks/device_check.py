@@ -416,6 +416,9 @@ def check(size: str, steps: int, compiled: bool, device: torch.device) -> tuple[
         + (f", {100 * copied / 1e9 / sheet[1]:.0f} % of the data sheet's {sheet[1]}" if sheet else "")
         + " |",
     ]
+    if gpu:
+        rounded = ", ".join(f"{key} {value:.1e}" for key, value in exactness(size, device, dtype).items())
+        lines.append(f"| chunked pass against float64, {kind} | {rounded} |")
     for method in (GRPO(), DynaMO()):
         if gpu:
             torch.cuda.reset_peak_memory_stats()
