@@ -54,7 +54,7 @@ def connect(address: str, gpus: float = 0.0) -> int:
     try:
         ray.init(address, log_to_driver=False, runtime_env={"env_vars": ONE_THREAD}, **local)
     except (ConnectionError, ValueError) as error:
-        remedy = "Start one with `ray start --head`, or use --ray local"
+        remedy = "Start one with `ray start --head` and give this shell its token, or use --ray local"
         raise InputError(f"no Ray cluster there ({error})", key="--ray", value=address, remedy=remedy) from error
     resources = ray.cluster_resources()
     found = int(resources.get("GPU", 0) / gpus) if gpus else int(resources.get("CPU", 0))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,14 @@ ARMS = ["grpo", "entropy_loss", "dynamo", "kl_cov", "capo", "dppo_kl", "oblr_po"
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def python(arguments: list[str]) -> None:
+def environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900)
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def python(arguments: list[str]) -> None:
+    line = [sys.executable, *arguments]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -106,3 +111,25 @@ def test_a_whole_run_in_two_processes(tmp_path: Path, arm: str) -> None:
     rows = [read_rows(tmp_path / name / "ledger.jsonl")[0] for name in ("one", "two")]
     assert [r for r in rows[1] if r["step"] == 0] == [r for r in rows[0] if r["step"] == 0]
     assert [r["row"] for r in rows[1]] == list(range(len(rows[1]))), "written by one process"
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_stops_when_told_and_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    line = [*TWO, "-m", "benchmark.cli", "run", "dynamo", "--scale", "smoke", "--out", str(out)]
+    launcher = subprocess.Popen([sys.executable, *line], env=environment(), stderr=subprocess.PIPE)
+    end = time.monotonic() + 300
+    while not (out / "metrics.jsonl").exists():
+        assert launcher.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    launcher.terminate()
+    launcher.communicate(timeout=120)
+    assert json.loads((out / "progress.json").read_text())["state"] == "interrupted"
+    assert list((out / "checkpoint").glob("step-*.safetensors"))
+    done = len(read_rows(out / "metrics.jsonl")[0])
+    python(line)
+    result = json.loads((out / "result.json").read_text())
+    assert result["overshoot"] == 0
+    assert result["steps"] == len(read_rows(out / "metrics.jsonl")[0]) > done >= 1
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")[0]] == list(range(result["steps"]))
