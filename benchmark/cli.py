@@ -110,7 +110,8 @@ def run(
     asked = [*_budget(budget), *(options or [])]
     planned = compose_run(method, scale=scale, task=task, seed=seed, options=asked, file=config)
     _finish(run_single(planned, out), out)
-    typer.echo(f"done: {out}")
+    if os.environ.get("RANK", "0") == "0":  # the first of the processes that a launcher started
+        typer.echo(f"done: {out}")
 
 
 @app.command()
@@ -126,6 +127,10 @@ def study(
         list[Path] | None, typer.Option(metavar="DIR", help="Another study's results; its runs are copied where equal.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Workers on a Ray cluster: auto, an address, or local.")
+    ] = None,
+    gpus: Annotated[float, typer.Option("--gpus-per-worker", min=0, help="Of a worker on a Ray cluster.")] = 0.0,
     tracking_uri: Tracking = STORE,
     mlflow: Annotated[bool, typer.Option(help="Mirror the results to MLflow.")] = True,
 ) -> None:
@@ -139,9 +144,11 @@ def study(
       rolloutbench study configs/studies/main_table.yaml --scale smoke --dry-run
       rolloutbench study main_table --seeds 16 --workers 8 --out results/sixteen_seeds
       rolloutbench study ablation --reuse results/main_table
+      rolloutbench study main_table --scale paper-1.5b --ray auto --gpus-per-worker 1
     """
     from benchmark.compose import compose_study
     from benchmark.study import run_study
+    from benchmark.workers import Pool
 
     _one_thread()
     plan = compose_study(file, scale=scale, seeds=seeds, options=[*_budget(budget), *(options or [])])
@@ -149,8 +156,14 @@ def study(
     if dry_run:
         _show_plan(plan, folder, workers)
         return
+    pool: Any = Pool
+    if ray is not None:
+        from benchmark.ray_workers import RayPool, connect
+
+        held = connect(ray, gpus)
+        workers, pool = workers or held, partial(RayPool, gpus=gpus)
     uri = tracking_uri if mlflow else None
-    _finish(run_study(plan, folder, workers=workers, tracking_uri=uri, reuse=reuse or ()), folder)
+    _finish(run_study(plan, folder, workers=workers, tracking_uri=uri, pool=pool, reuse=reuse or ()), folder)
     typer.echo(f"done: {folder / 'REPORT.md'}")
 
 
@@ -373,3 +386,7 @@ def _show_plan(plan: Plan, folder: Path, workers: int | None) -> None:
         f"smallest detectable difference in pass@1: {smallest:.1f} points with {seeds} "
         f"(80 % power; paired sd {100 * (sd or ASSUMED_SD):.1f} points, {source})"
     )
+
+
+if __name__ == "__main__":  # `accelerate launch -m benchmark.cli run ...`
+    main()

@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 
-from benchmark import streams
+from benchmark import ranks, streams
 from benchmark.collect import Collector
 from benchmark.draws import Batch, Draw
 from benchmark.errors import InputError
@@ -57,6 +57,11 @@ class TRL:
     """One `GRPOTrainer` per size of batch, all on the run's model and optimiser."""
 
     def __init__(self, collector: Collector, updater: Updater) -> None:
+        if ranks.size() > 1:
+            what = "TRL's trainer divides a batch among processes in its own way, off the harness's account"
+            raise InputError(
+                what, key="method.name", value=type(collector.method).__name__, remedy="Run it in one process"
+            )
         self.collector, self.updater = collector, updater
         self.method = cast(TRLMethod, collector.method)
         self._trainers: dict[int, Any] = {}

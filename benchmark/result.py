@@ -6,6 +6,7 @@ import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from benchmark import ranks
 from benchmark.ledger import UNCHARGED_PHASES
 from benchmark.seal import run_files, sealed
 
@@ -18,7 +19,7 @@ LIBRARIES = ("torch", "transformers", "trl", "numpy", "rolloutbench")
 def result_of(run: Run) -> dict[str, Any]:
     """The content of ``result.json`` for a run whose other files are all written."""
     config, spent, budget = run.config, run.ledger.spent, run.budget
-    training = sum(value for phase, value in run.seconds.items() if phase not in UNCHARGED_PHASES)
+    training = ranks.size() * sum(value for phase, value in run.seconds.items() if phase not in UNCHARGED_PHASES)
     return sealed(
         {
             "run_hash": config.run_hash,
@@ -37,6 +38,7 @@ def result_of(run: Run) -> dict[str, Any]:
             "seconds": run.seconds,
             "wall_seconds": run.elapsed + time.time() - run.started,
             "device": run.clock.device.type,
+            "processes": ranks.size(),
             "versions": {name: version(name) for name in LIBRARIES},
             "data": run.data,
             "code": run.code,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmark import backend, bundle, checkpoint, engine, machine, registry
+from benchmark import backend, bundle, checkpoint, engine, machine, ranks, registry
 from benchmark.clock import Clock
 from benchmark.collect import Collector
 from benchmark.config import RunConfig
@@ -226,7 +226,7 @@ class Run:
             if self.points < last and spent * last >= self.points * self.budget.amount:
                 self._evaluate(final=False)
                 self._save()
-            if should_stop():
+            if ranks.agree(should_stop()):
                 self._save()
                 raise Interrupted
             self.step_once()
@@ -289,7 +289,7 @@ class Run:
 
     def _save(self) -> None:
         """Write a checkpoint, unless this very state has one; records go to the disk before what counts on them."""
-        if self.saved == (self.step, self.points):
+        if self.saved == (self.step, self.points) or ranks.rank() > 0:
             return
         begin = time.monotonic()
         for record in self.records.values():
@@ -317,12 +317,13 @@ class Run:
 
     def _resume(self) -> bool:
         """Continue from the newest whole checkpoint, or (False) from nothing: records are cut back to what it knew."""
-        found = checkpoint.latest(self.out / "checkpoint", self._fits)
+        first = ranks.rank() == 0
+        found = ranks.agree(checkpoint.latest(self.out / "checkpoint", self._fits) if first else None)
+        kept = found[1]["records"] if first and found else {}
         self.place = self.updates = 0
         self.signal, self.code = [0.0, 0.0, 0.0], [code_state()]
         for name in RECORDS:
-            size = 0 if found is None else found[1]["records"].get(name, (0, ""))[0]
-            restart(self.out / name, size, done=self.out / "result.json")
+            restart(self.out / name, kept.get(name, (0, ""))[0], done=self.out / "result.json")
         if found is None:
             return False
         file, state = found
@@ -367,6 +368,8 @@ class Run:
         self.progress(RunProgress(self.budget.currency, self.budget.amount, spent, self.step, message))
 
     def _finish(self) -> None:
+        if ranks.rank() > 0:
+            return
         for record in self.records.values():
             record.check()
             record.sync()

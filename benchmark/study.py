@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import tempfile
 import threading
 import time
 import uuid
@@ -21,7 +23,7 @@ from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_json
 from benchmark.progress import Bar, Display
 from benchmark.reuse import take_over
-from benchmark.workers import Pool, default_workers
+from benchmark.workers import Pool, Workers, default_workers
 
 if TYPE_CHECKING:
     from benchmark.run import RunProgress
@@ -109,6 +111,7 @@ def run_study(
     workers: int | None = None,
     tracking_uri: str | None = None,
     run: RunCell | None = None,
+    pool: Callable[[Sequence[Cell], int, str, Path, RunCell | None], Workers] = Pool,
     prepare: Callable[[RunConfig], object] | None = None,
     report: Callable[[Path], object] | None = None,
     display: Display | None = None,
@@ -121,7 +124,8 @@ def run_study(
         folder: ``results/<study>``.
         workers: processes; one per core by default.
         tracking_uri: MLflow store that follows the files; None for no mirror.
-        run, prepare, report: replace training, warm-up and report (tests, other schedulers).
+        pool: makes the workers from cells, count, invocation, log and `run`.
+        run, prepare, report: replace training, warm-up and report (tests).
         display: where progress is shown.
         reuse: results folders of other studies; their finished runs are copied where this study has the same.
 
@@ -129,6 +133,9 @@ def run_study(
         InputError: a folder holds another run, or one of `reuse` holds no study.
         WorkersFailedError: worker processes cannot start.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        remedy = "Start it without a launcher, on every machine that shares the results folder; or launch `run`"
+        raise InputError("several processes of a launcher cannot share a study", key="WORLD_SIZE", remedy=remedy)
     display = display or Display()
     cells = [Cell.of(folder, config) for config in plan.runs]
     for cell in cells:
@@ -146,10 +153,10 @@ def run_study(
         if missing:
             _warm_up([cell.config for cell in missing], prepare, display)
             count = min(workers or default_workers(), len(missing))
-            pool = Pool(cells, count, invocation, folder / "workers.log", run)
+            team = pool(cells, count, invocation, folder / "workers.log", run)
             finished: dict[str, int] = {}
             with interrupts:
-                supervise(pool, interrupts, display, lambda: bars(cells, finished))
+                supervise(team, interrupts, display, lambda: bars(cells, finished))
         failed = {cell.folder.name: why for cell in cells if (why := cell.failure(invocation)) is not None}
         done = sum(cell.result() is not None for cell in cells)
         if failed:
@@ -169,12 +176,16 @@ def run_single(config: RunConfig, out: Path, *, display: Display | None = None) 
         StorageError: a file cannot be written.
         KeyboardInterrupt: a second Ctrl-C.
     """
+    from benchmark import ranks
     from benchmark.run import Interrupted, run_cell
 
+    ranks.start()
+    if ranks.rank() > 0:
+        return _take_part(config)
     display = display or Display()
     cell = Cell(config, out)
     cell.check()
-    if cell.result() is not None:
+    if ranks.agree(cell.result() is not None):
         return Outcome(1, 1, {}, False)
     _warm_up([config], None, display)
     lease = claim(out)
@@ -182,6 +193,7 @@ def run_single(config: RunConfig, out: Path, *, display: Display | None = None) 
         holder = owner(out) or {}
         who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
         raise InputError(f"{who} is running it", file=out, remedy="Wait for it, or choose another folder")
+    ranks.agree(None)  # the others wait until the policy is there
 
     def show(at: RunProgress) -> None:
         display.update(Bar(f"{config.arm} seed {config.seed}", at.spent, at.planned, at.currency, at.message))
@@ -198,6 +210,22 @@ def run_single(config: RunConfig, out: Path, *, display: Display | None = None) 
     with lease, Interrupts(patience=1) as interrupts, display:
         try:
             run_cell(config, out, progress=show, should_stop=should_stop)
+        except Interrupted:
+            return Outcome(0, 1, {}, True)
+    return Outcome(1, 1, {}, False)
+
+
+def _take_part(config: RunConfig) -> Outcome:
+    """Another process than the first of a run (`benchmark.ranks`): it works, and what it writes is thrown away."""
+    from benchmark import ranks
+    from benchmark.run import Interrupted, run_cell
+
+    if ranks.agree(None):
+        return Outcome(1, 1, {}, False)
+    ranks.agree(None)
+    with Interrupts(), tempfile.TemporaryDirectory(prefix="rank-") as folder:
+        try:
+            run_cell(config, Path(folder))
         except Interrupted:
             return Outcome(0, 1, {}, True)
     return Outcome(1, 1, {}, False)
@@ -229,7 +257,9 @@ def bars(cells: Sequence[Cell], done: dict[str, int]) -> tuple[Bar, list[Bar]]:
     return Bar(total, spent + sum(done.values()), planned, currency), running
 
 
-def supervise(pool: Pool, interrupts: Interrupts, display: Display, look: Callable[[], tuple[Bar, list[Bar]]]) -> None:
+def supervise(
+    pool: Workers, interrupts: Interrupts, display: Display, look: Callable[[], tuple[Bar, list[Bar]]]
+) -> None:
     """Let the workers of `pool` run until nothing is left, or until they are told to stop.
 
     Args:

@@ -104,6 +104,12 @@ def order(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "order.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def test_a_launcher_of_several_processes_cannot_start_a_study(go: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE"):
+        go(lambda: None)
+
+
 # -- a study that goes well ----------------------------------------------------------------------------------
 
 
