@@ -148,6 +148,13 @@ def ablation(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def field(session: nox.Session) -> None:
+    """The main table's arms and the field's, grouped by what they change; resumes; results/field/REPORT.md."""
+    install(session)
+    session.run("rolloutbench", "study", "configs/studies/field.yaml", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
 def variance(session: nox.Session) -> None:
     """By how much rollout allocation lowers the gradient's variance; resumes; results/variance/REPORT.md."""
     install(session)

@@ -16,6 +16,7 @@ from analysis.provenance import audit, caveats, facts, made_by, measured_on, rep
 from analysis.readme import read_marked, write_readme
 from analysis.results import Study, load_study, read_json
 from analysis.summary import METHOD, headline
+from analysis.table_changes import changes_table
 from analysis.table_scores import (
     aggregates_table,
     claims_table,
@@ -127,7 +128,11 @@ def _tables(
     if answers:
         yield claims_table(answers)
     if differences:
-        yield differences_table(scores, [d for d in differences if d.metric == scores.study.metric])
+        primary = [d for d in differences if d.metric == scores.study.metric]
+        yield differences_table(scores, primary)
+        by_change = changes_table(scores, primary)
+        if by_change is not None:
+            yield by_change
         yield family_table(scores, differences)
         yield cost_table(scores)
     yield aggregates_table(scores)
@@ -156,6 +161,7 @@ def _compose(
         "Claims": _claims(study, answers),
         "Main table": f"{result}\n\n{table('main_table')}{figure('final_accuracy')}",
         f"Difference to {study.reference}": table("differences") + figure("differences"),
+        "By what the arms change": table("by_change"),
         "By family and number of tries": table("differences_by_family") + figure("pass_at_k"),
         "Learning curves and cost": figure("learning_curves") + table("cost_to_target"),
         "Ranking under other currencies": table("ranking_by_currency"),

@@ -34,7 +34,7 @@ class OBLRPO(GRPO):
     """
 
     family: ClassVar[str] = "baseline"
-    changes: ClassVar[tuple[Change, ...]] = ("advantage", "token", "baseline", "optimiser")
+    changes: ClassVar[tuple[Change, ...]] = ("baseline", "optimiser", "advantage", "token")
     reference: ClassVar[str] = "2511.23310"
     faithful_to: ClassVar[str] = "the abstract; standard forms, last-layer norms, as a factor on Adam's learning rate"
 

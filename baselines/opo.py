@@ -23,7 +23,7 @@ class OPO(GRPO):
     """Length-weighted mean reward as the baseline."""
 
     family: ClassVar[str] = "baseline"
-    changes: ClassVar[tuple[Change, ...]] = ("advantage", "baseline")
+    changes: ClassVar[tuple[Change, ...]] = ("baseline", "advantage")
     reference: ClassVar[str] = "2505.23585"
     faithful_to: ClassVar[str] = "verl's opo, inside GRPO's clipped, token-mean loss"
 

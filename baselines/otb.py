@@ -26,7 +26,7 @@ class OTB(GRPO):
     """A baseline for each position, weighted by cumulative score norms."""
 
     family: ClassVar[str] = "baseline"
-    changes: ClassVar[tuple[Change, ...]] = ("advantage", "token", "baseline")
+    changes: ClassVar[tuple[Change, ...]] = ("baseline", "advantage", "token")
     reference: ClassVar[str] = "verl"
     faithful_to: ClassVar[str] = "verl's optimal token baseline, inside GRPO's clipped, token-mean loss"
 

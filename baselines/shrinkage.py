@@ -25,7 +25,7 @@ class Shrinkage(GRPO):
     """Leave-one-out means shrunk towards the mean of the other groups."""
 
     family: ClassVar[str] = "baseline"
-    changes: ClassVar[tuple[Change, ...]] = ("advantage", "baseline")
+    changes: ClassVar[tuple[Change, ...]] = ("baseline", "advantage")
     reference: ClassVar[str] = "2511.03710"
     faithful_to: ClassVar[str] = "the abstract; the standard James-Stein form"
 

@@ -194,10 +194,10 @@ class Rounds:
 class Method:
     """GRPO's decisions with uniform allocation; subclasses override what they change.
 
-    Class attributes describe the arm (`rolloutbench methods`): `family`, `kind`, `changes`, `reference` (arXiv id) and
-    `faithful_to` (what the file follows, and where it deviates). `engine` names who makes its steps, ``module:Class``
-    (`benchmark.engine`). `exchangeable` claims that `keep` and `credit` do not
-    depend on the order of prompts and of their rollouts; `rolloutbench check` holds a method to it.
+    Class attributes describe the arm (`rolloutbench methods`): `family`, `kind`, `changes` (the main one first: reports
+    group arms by it), `reference` (arXiv id) and `faithful_to` (what the file follows, and where it deviates). `engine`
+    names who makes its steps, ``module:Class`` (`benchmark.engine`). `exchangeable` claims that `keep` and `credit` do
+    not depend on the order of prompts and of their rollouts; `rolloutbench check` holds a method to it.
     """
 
     family: ClassVar[str] = ""

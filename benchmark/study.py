@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from benchmark import registry
 from benchmark.cells import Cell, LeaseLostError, RunCell, claim, owner, read_json
 from benchmark.compose import Plan
 from benchmark.config import RunConfig, digest
@@ -90,6 +91,7 @@ def plan_record(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         "task": first.task.name,
         "families": list(first.task.families),
         "arms": [arm.label for arm in study.arms],
+        "changes": {arm.label: registry.describe(arm.name).changes for arm in study.arms},
         "seeds": list(study.seeds),
         "reference": study.reference,
         "cells": [

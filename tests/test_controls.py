@@ -194,7 +194,7 @@ def test_the_oracle_asks_for_free_rollouts_and_is_uniform_without_them() -> None
     with pytest.raises(ValueError, match="at least 1"):
         registry.build("control_oracle_allocation", {"rollouts": 0})
     charged = [name for name in registry.names() if (probe := registry.build(name, {}).probe) and probe.charged]
-    assert charged == ["cures", "grad_align", "gvm", "gvm_raft"]
+    assert charged == ["cures", "gradalign", "gvm", "gvm_raft"]
 
 
 # -- objective

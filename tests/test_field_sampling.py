@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from baselines.ar3po import AR3PO
 from baselines.cures import CurES, deviations, success_rates
-from baselines.grad_align import GradAlign
+from baselines.gradalign import GradAlign
 from baselines.greso import GRESO
 from baselines.gvm import GVM, GVMRAFT
 from baselines.reinforce_ada import ReinforceAda
@@ -45,7 +45,7 @@ GRPO = [1.5, -0.5, -0.5, -0.5, *[0.0] * 5]
 CREDIT = {
     "gvm": GRPO,
     "gvm_raft": REWARD.tolist(),
-    "grad_align": GRPO,
+    "gradalign": GRPO,
     "cures": GRPO,
     "greso": GRPO,
     "reinforce_ada": [0.75, -0.25, -0.25, -0.25, *[0.0] * 5],
@@ -121,7 +121,7 @@ def test_raft_trains_on_right_rollouts() -> None:
     assert GVMRAFT().keep_rollouts(GROUPS).tolist() == (REWARD > 0).tolist()
 
 
-def test_grad_align_takes_the_best_of_its_pool() -> None:
+def test_gradalign_takes_the_best_of_its_pool() -> None:
     view = replace(
         HistoryView.unseen(4), probe_alignment=np.array([[4, 0.1, 0.3], [3, 0.2, 0.1], [0, 0, 0], [-1, -0.5, -0.9]])
     )
@@ -370,7 +370,7 @@ def test_candidates_that_are_passed_over_cost_only_their_probe(
         return asked[-1][1]
 
     monkeypatch.setattr(GradAlign, "select", spy)
-    out = train("grad_align", budget={"currency": "rollouts", "amount": 600})
+    out = train("gradalign", budget={"currency": "rollouts", "amount": 600})
     view, mask = asked[0]
     score = view.probe_alignment[:, 1]
     assert (len(view), mask.sum()) == (16, 8)

@@ -195,6 +195,7 @@ def test_the_plan_says_what_was_asked_before_anything_ran(go: Recorder, fakes: M
     assert plan["primary_currency"] == "tokens_generated"
     assert plan["claims"][0]["id"] == "rloo_wins"
     assert plan["families"] == list(go.plan.runs[0].task.families)
+    assert plan["changes"] == {"grpo": [], "rloo": ["advantage"]}
     assert [(cell["arm"], cell["seed"]) for cell in plan["cells"]] == [
         (arm, seed) for seed in range(3) for arm in ("grpo", "rloo")
     ]

@@ -24,6 +24,7 @@ from analysis.results import load_study
 from analysis.spending import at_equal_amount, smallest_spend, target_estimate
 from analysis.statistics import holm, pass_at_k
 from analysis.summary import headline
+from analysis.table_changes import changes_table
 from analysis.table_scores import detectable_sentence, differences_table, family_table, main_table
 from analysis.table_spend import cost_table, ranking_table, rollouts_table, seconds_table, spend_table
 from analysis.tables import Column, Table, Text, latex_text
@@ -418,3 +419,48 @@ def test_numbers_look_as_people_write_them() -> None:
     assert set(nothing) == {f.MISSING}
     assert f.exact(800_000) == "800,000"
     assert (f.metric_name("pass_at_8"), f.currency_name("tokens_generated")) == ("pass@8", "generated tokens")
+
+
+# -- arms by what they change
+
+CHANGES = {
+    "grpo": [],
+    "rloo": ["advantage"],
+    "dapo": ["selection", "advantage", "loss"],
+    "dynamo": ["allocation", "token", "loss"],
+    "w_reinforce": ["advantage"],
+}
+
+
+def primary(scores: Scores) -> list[Difference]:
+    return scores.differences([(arm, "grpo") for arm in scores.study.arms if arm != "grpo"], "pass_at_1")
+
+
+def planned(scores: Scores, changes: dict[str, list[str]]) -> Scores:
+    return Scores(replace(scores.study, plan={**scores.study.plan, "changes": changes}))
+
+
+def test_arms_stand_under_their_main_change_best_first(scores: Scores) -> None:
+    table = changes_table(planned(scores, CHANGES), primary(scores))
+    assert table is not None
+    assert [(row[0].text, row[1].text, row[2].text) for row in table.rows] == [
+        ("dynamo", "rollout allocation", "token, loss"),
+        ("dapo", "prompt or group selection", "advantage, loss"),
+        ("rloo", "advantage", formatting.MISSING),
+        ("w_reinforce", "advantage", formatting.MISSING),
+        ("grpo", "none", formatting.MISSING),
+    ]
+    frame, differences = table.data.set_index("arm"), {d.arm: d for d in primary(scores) if d.family == AVERAGE}
+    for arm in ("dynamo", "w_reinforce"):
+        assert frame.loc[arm, "difference"] == differences[arm].mean
+        assert frame.loc[arm, "mean"] == pytest.approx(frame.loc["grpo", "mean"] + differences[arm].mean)
+    # dynamo is far above grpo, w_reinforce far below, rloo neither.
+    assert "rollout allocation: 1 above, 0 below, of 1" in table.notes[-1]
+    assert "advantage: 0 above, 1 below, of 2" in table.notes[-1]
+
+
+def test_an_optimiser_counts_as_a_baseline_and_an_old_plan_has_no_such_table(scores: Scores) -> None:
+    table = changes_table(planned(scores, {**CHANGES, "rloo": ["optimiser", "token"]}), primary(scores))
+    assert table is not None
+    assert [row[1].text for row in table.rows if row[0].text == "rloo"] == ["baseline or optimiser"]
+    assert changes_table(scores, primary(scores)) is None

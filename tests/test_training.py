@@ -25,7 +25,7 @@ from benchmark.warmup import warm_up
 
 DETERMINISTIC = ("ledger.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl", "traces.jsonl")
 FILTERING = ("dapo", "greso", "reinforce_ada", "gvm_raft")
-PROBING = ("cures", "grad_align", "gvm", "gvm_raft")
+PROBING = ("cures", "gradalign", "gvm", "gvm_raft")
 MIX = [{"family": "chain_sum", "num_terms": [2, 2], "num_digits": [1, 1]}]
 
 
@@ -112,7 +112,7 @@ def test_another_seed_is_another_run(train: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize(
     ("arm", "steps"),
-    [("dynamo", 1), ("dapo", 2), ("oblr_po", 1), ("vip", 1), ("grad_align", 1), ("greso", 2), ("reinforce_ada", 1)],
+    [("dynamo", 1), ("dapo", 2), ("oblr_po", 1), ("vip", 1), ("gradalign", 1), ("greso", 2), ("reinforce_ada", 1)],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(
     train: Callable[..., Path], policy: str, tmp_path: Path, arm: str, steps: int
