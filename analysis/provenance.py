@@ -46,6 +46,8 @@ def caveats(scores: Scores) -> list[str]:
         for count, what in _SHARED.items():
             if lone := [arm for arm in shared if shared[arm] == count]:
                 problems.append(f"{', '.join(lone)}: {counted(count, 'seed')} shared with {study.reference}, {what}.")
+    if study.plan.get("scale") == "smoke":
+        problems.append("Scale smoke shows that everything runs; it is far too small to say anything about an arm.")
     return problems
 
 

@@ -30,6 +30,8 @@ from benchmark.sweep_trial import DIVERGED, DONE
 
 FEWEST = 4
 """Whole trials below which nothing is said about parameters."""
+TRIALS = "trials.csv"
+"""The file among the report's tables that has every whole trial with its settings."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,18 @@ def _spend(cell: Path, row: dict[str, Any], planned: dict[str, Any]) -> dict[str
     spent = {name: sum(entry[name] for entry in trained) for name in CURRENCIES}
     evaluated = sum(entry["tokens_generated"] for entry in ledger if entry["event"] == "evaluation")
     return head | spent | {"device_seconds": np.nan, "evaluation_tokens": evaluated}
+
+
+def trial_rows(record: SweepRecord) -> pd.DataFrame:
+    """Every whole trial: arm, trial, value (mean over seeds of the first objective), ``param/<name>`` a parameter."""
+    goal = record.config.objective[0]
+    rows = [
+        {"arm": row["arm"], "trial": row["number"], "value": float(np.mean([score[goal] for score in row["scores"]]))}
+        | {f"param/{name}": value for name, value in row["point"].items()}
+        for label in record.labels
+        for row in record.of(label, DONE).to_dict("records")
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["arm", "trial", "value"])
 
 
 def states(record: SweepRecord, label: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from analysis.figures import Drawn
 from analysis.formatting import counted, currency_name, exact
 from analysis.provenance import made_by
-from analysis.sweep_data import SweepRecord, load_sweep
+from analysis.sweep_data import TRIALS, SweepRecord, load_sweep, trial_rows
 from analysis.sweep_figures import write_sweep_figures
 from analysis.sweep_tables import finalists_table, settings_table, tuned_table, tuning_table
 from analysis.tables import Table, no_html
@@ -31,6 +31,7 @@ def write_sweep_report(folder: Path, out: Path | None = None) -> Path:
     (place / "tables").mkdir(exist_ok=True)
     for table in tables.values():
         table.write(place / "tables")
+    atomic_write_text(place / "tables" / TRIALS, trial_rows(record).to_csv(index=False))
     figures = {drawn.name: drawn for drawn in write_sweep_figures(record, place / "figures")}
     path = place / "REPORT.md"
     atomic_write_text(path, _compose(record, tables, figures))

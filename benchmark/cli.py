@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -193,7 +194,8 @@ def methods(
         table.add_column(heading, no_wrap=heading in ("name", "reference"))
     for row in rows:
         table.add_row(row["name"], row["family"], row["kind"], ", ".join(row["changes"]), row["reference"])
-    Console().print(table)
+    # Whole words for a file or a pipe, which have no width.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 app.command()(replay)
