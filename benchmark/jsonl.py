@@ -7,6 +7,7 @@ temporary file, an fsync and a rename, so a reader sees the old content or the n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -71,12 +72,16 @@ class Record:
         """
         lines = [(dumps(row) + "\n").encode() for row in rows]
         with storing(self.path):
-            if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                self._end = weakref.finalize(self, os.close, self._descriptor)
+            descriptor = self.open(self.path, os.O_CREAT) if self._descriptor is None else self._descriptor
             for line in lines:
-                _write_all(self._descriptor, line)
+                _write_all(descriptor, line)
         self.check()
+
+    def open(self, path: Path, flags: int = 0) -> int:
+        """Append to the file at `path` from now on, which is to be this record's; returns its descriptor."""
+        self._descriptor = descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | flags, 0o644)
+        self._end = weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
     def check(self) -> None:
         """Raise `StorageError` if the file at the path is not the one that this record has written to."""
@@ -111,10 +116,12 @@ def fingerprint(path: Path, size: int | None = None) -> tuple[int, str]:
     return len(data), hashlib.sha256(data).hexdigest()
 
 
-def restart(path: Path, size: int, done: Path | None = None) -> None:
+def restart(path: Path, size: int, done: Path | None = None) -> Record:
     """Begin a new file at `path` with the first `size` bytes of the old one; processes that had it open keep the old.
 
-    A process that slept at any moment of this while another took the work over leaves the other's file alone.
+    Returns:
+        The record, with the new file already open: whoever sleeps from here on and is taken over writes into a file
+        that nobody reads, and notices. Who was taken over before leaves the other's file alone.
 
     Args:
         done: a file whose presence means that the work is finished.
@@ -122,21 +129,23 @@ def restart(path: Path, size: int, done: Path | None = None) -> None:
     Raises:
         StorageError: it cannot be written, is another process's by now, or the work is finished.
     """
-    with storing(path):
-        if not path.exists():
-            return
-        with path.open("rb") as old:
+    record = Record(path)
+    with storing(path), contextlib.ExitStack() as stack:
+        old = stack.enter_context(path.open("rb")) if path.exists() else None
 
-            def ours() -> None:
-                same = path.exists() and os.path.samestat(os.fstat(old.fileno()), path.stat())
-                if not same or (done is not None and done.exists()):
-                    raise StorageError(path, "taken over by another process meanwhile")
+        def ours() -> None:
+            there = path.stat() if path.exists() else None
+            known = None if old is None else os.fstat(old.fileno())
+            same = there is None if known is None else there is not None and os.path.samestat(known, there)
+            if not same or (done is not None and done.exists()):
+                raise StorageError(path, "taken over by another process meanwhile")
 
-            ours()
-            if size:
-                _replace(path, old.read(size), ours)
-            else:
-                path.unlink()
+        ours()
+        if old is None:
+            record.open(path, os.O_CREAT | os.O_EXCL)
+        else:
+            _replace(path, old.read(size), ours, record.open)
+    return record
 
 
 def read_rows(path: Path, offset: int = 0) -> tuple[list[Row], int]:
@@ -203,7 +212,12 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         _replace(path, data)
 
 
-def _replace(path: Path, data: bytes, allowed: Callable[[], None] = lambda: None) -> None:
+def _replace(
+    path: Path,
+    data: bytes,
+    allowed: Callable[[], None] = lambda: None,
+    take: Callable[[Path], object] = lambda _: None,
+) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_writer()}-", suffix=PARTIAL)
     temporary = Path(name)
     try:
@@ -212,6 +226,7 @@ def _replace(path: Path, data: bytes, allowed: Callable[[], None] = lambda: None
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
+        take(temporary)
         allowed()
         temporary.replace(path)
     except BaseException:

@@ -172,11 +172,10 @@ class Run:
         self.step, self.points, self.elapsed, self.seconds = 0, 0, 0.0, dict[str, float]()
         self.saved: tuple[int, int] | None = None  # step and points of the newest checkpoint
         self.save_after = time.monotonic() + CHECKPOINT_SECONDS
-        self.ledger = Ledger(out / "ledger.jsonl")
+        self.ledger, self.records = Ledger(out / "ledger.jsonl"), dict[str, Record]()
         self.trace = Trace(policy, train)
         features = self._features(pool)  # of the policy before RL: a checkpoint would replace it
         fresh = not self._resume()
-        self.records = {name: Record(out / name) for name in RECORDS} | {"ledger.jsonl": self.ledger.record}
         self.history.features = features
         if features.size and fresh:
             read = sum(map(len, pool.tokens))
@@ -323,7 +322,8 @@ class Run:
         self.place = self.updates = 0
         self.signal, self.code = [0.0, 0.0, 0.0], [code_state()]
         for name in RECORDS:
-            restart(self.out / name, kept.get(name, (0, ""))[0], done=self.out / "result.json")
+            self.records[name] = restart(self.out / name, kept.get(name, (0, ""))[0], done=self.out / "result.json")
+        self.ledger.record = self.records["ledger.jsonl"]
         if found is None:
             return False
         file, state = found
@@ -336,6 +336,7 @@ class Run:
         self.code = known if code_state() in known else [*known, code_state()]
         self.trace.restore(state.get("trace", []))
         self.ledger = Ledger.restore(self.out / "ledger.jsonl", state["ledger"])
+        self.ledger.record = self.records["ledger.jsonl"]
         return True
 
     def _fits(self, state: dict[str, Any]) -> bool:

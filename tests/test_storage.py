@@ -276,6 +276,24 @@ def test_a_sleeper_in_the_middle_of_a_restart_leaves_the_finished_record_of_its_
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize("size", [0, 10])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_sleeper_between_restart_and_its_first_row_does_not_write_into_the_record_of_its_heir(
+    tmp_path: Path, size: int, begun: bool
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    if begun:
+        append_rows(path, [{"row": 0}])
+    sleeper = restart(path, size)
+    heir = restart(path, size)
+    heir.append([{"row": 1}])
+    whole = path.read_bytes()
+    with pytest.raises(StorageError, match="deleted or replaced"):
+        sleeper.append([{"row": 1, "by": "sleeper"}])
+    assert path.read_bytes() == whole
+    heir.append([{"row": 2}])
+
+
 # --- full, read-only and vanished disks -----------------------------------------------------------------------
 
 FAULTS = {errno.ENOSPC: "No space left", errno.EROFS: "Read-only", errno.EIO: "Input/output"}
