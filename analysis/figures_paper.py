@@ -194,6 +194,9 @@ def pareto(scores: Scores) -> Figure | None:
             )
             axis.plot(x, y, style.marker, color=style.colour, markersize=5.5, markeredgecolor="white", label=arm)
         axis.set_xlabel(f"{currency_name(str(currency).removeprefix('spent/'))} of a run,\nmean over seeds")
+        # Costs that are all but equal stay beside each other.
+        middle, reach = (max(cost) + min(cost)) / 2, max((max(cost) - min(cost)) * 0.55, 0.05 * max(cost))
+        axis.set_xlim(middle - reach, middle + reach)
         amounts(axis.xaxis)
         percent(axis.yaxis)
     for axis in axes if narrow() else axes[:1]:
@@ -269,7 +272,8 @@ def _histograms(panels: Sequence[tuple[str, Mapping[str, Floats], bool]], what: 
         axis.set_title(title, loc="left")
         axis.set_yticks(range(len(arms)), arms)
         axis.set_ylim(len(arms) - 0.5, -0.5)
-        axis.tick_params(axis="y", length=0, labelsize=6.5)
+        axis.tick_params(labelsize=6.5)
+        axis.tick_params(axis="y", length=0)
         axis.grid(visible=False)
     bar = figure.colorbar(meshes[0], ax=axes, shrink=0.9, aspect=22, pad=0.02)
     percent(bar.ax.yaxis)
@@ -279,9 +283,12 @@ def _histograms(panels: Sequence[tuple[str, Mapping[str, Floats], bool]], what: 
 
 
 def _rows_of_histograms(axis: Axes, rows: Sequence[Floats], logarithmic: bool, bins: int = 32) -> Any:
-    """One row of cells a sample; the axis ends at the 98 % quantile, beyond which values count in the last cell."""
+    """One row of cells a sample; the axis ends at the 98 % quantile, beyond which values count in the last cell.
+
+    A logarithmic axis begins at the 2 % quantile, since one tiny value would take most of it.
+    """
     everything = np.concatenate(rows)
-    low, high = float(everything.min()), float(np.quantile(everything, 0.98))
+    low, high = (float(x) for x in np.quantile(everything, (0.02 if logarithmic else 0.0, 0.98)))
     high = high if high > low else low + 1.0
     edges = np.geomspace(low, high, bins + 1) if logarithmic and low > 0 else np.linspace(low, high, bins + 1)
     shares = np.stack([np.histogram(row.clip(low, high), edges)[0] / max(len(row), 1) for row in rows])
