@@ -135,9 +135,7 @@ def run_study(
         InputError: a folder holds another run, or one of `reuse` holds no study.
         WorkersFailedError: worker processes cannot start.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        remedy = "Start it without a launcher, on every machine that shares the results folder; or launch `run`"
-        raise InputError("several processes of a launcher cannot share a study", key="WORLD_SIZE", remedy=remedy)
+    _refuse_launcher()
     display = display or Display()
     cells = [Cell.of(folder, config) for config in plan.runs]
     for cell in cells:
@@ -282,6 +280,12 @@ def supervise(
                 time.sleep(POLL_SECONDS)
     finally:
         pool.kill()
+
+
+def _refuse_launcher() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        remedy = "Start it without a launcher, on every machine that shares the results folder; or launch `run`"
+        raise InputError("several processes of a launcher cannot share a study", key="WORLD_SIZE", remedy=remedy)
 
 
 def _warm_up(configs: Sequence[RunConfig], prepare: Callable[[RunConfig], object] | None, display: Display) -> None:
