@@ -22,7 +22,7 @@ from benchmark.cli_doctor import doctor
 from benchmark.cli_figures import figures
 from benchmark.cli_replay import replay
 from benchmark.cli_replay_batch import replay_batch
-from benchmark.cli_sweep import sweep
+from benchmark.cli_sweep import sweep, typed
 from benchmark.cli_variance import variance
 from benchmark.errors import REMEDIES, InputError, RunError, storage_error
 
@@ -140,7 +140,8 @@ def study(
     if dry_run:
         _show_plan(plan, folder, workers)
         return
-    _finish(run_study(plan, folder, workers=workers, tracking_uri=tracking_uri if mlflow else None), folder)
+    uri, command = tracking_uri if mlflow else None, typed()
+    _finish(run_study(plan, folder, workers=workers, tracking_uri=uri, command=command), folder)
     typer.echo(f"done: {folder / 'REPORT.md'}")
 
 
@@ -314,10 +315,10 @@ def _finish(outcome: Outcome, folder: Path) -> None:
     for cell, why in outcome.failed.items():
         typer.echo(f"failed: {cell}: {why} (see {folder / 'cells' / cell / 'run.log'})", err=True)
     if outcome.interrupted:
-        typer.echo(f"interrupted: {outcome.done}/{outcome.total} done; the same command continues", err=True)
+        typer.echo(f"interrupted: {outcome.done}/{outcome.total} done; goes on with: {typed()}", err=True)
         raise typer.Exit(INTERRUPTED)
     if outcome.failed:
-        typer.echo("the same command retries what failed", err=True)
+        typer.echo(f"what failed is run again by: {typed()}", err=True)
         raise typer.Exit(FAILED)
 
 

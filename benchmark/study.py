@@ -111,6 +111,7 @@ def run_study(
     prepare: Callable[[RunConfig], object] | None = None,
     report: Callable[[Path], object] | None = None,
     display: Display | None = None,
+    command: str = "",
 ) -> Outcome:
     """Run what is missing of `plan` in `folder` and write the report.
 
@@ -121,6 +122,7 @@ def run_study(
         tracking_uri: MLflow store that follows the files; None for no mirror.
         run, prepare, report: replace training, warm-up and report (tests, other schedulers).
         display: where progress is shown.
+        command: what was typed: the report names it beside a failure, since it runs what failed again.
 
     Raises:
         InputError: a folder holds another run.
@@ -131,7 +133,7 @@ def run_study(
     for cell in cells:
         cell.check()
     missing = [cell for cell in cells if cell.result() is None]
-    record = plan_record(plan, cells)
+    record = plan_record(plan, cells) | {"command": command}
     _announce(display, folder, record, len(missing))
     atomic_write_json(folder / "plan.json", record)
     invocation = uuid.uuid4().hex

@@ -293,18 +293,29 @@ def test_study_exit_codes_follow_the_outcome(monkeypatch: pytest.MonkeyPatch, tm
 
         monkeypatch.setattr(study, "run_study", run_study)
 
-    command = ["study", "main_table", "--seeds", "2", "--workers", "3", "--tracking-uri", "http://x"]
+    command = ["study", "main_table", "--seeds", "2", "--workers", "3", "--tracking-uri", "http://me:secret@x"]
+    monkeypatch.setattr(sys, "argv", ["rolloutbench", *command])
+    typed = "rolloutbench study main_table --seeds 2 --workers 3 --tracking-uri 'http://***@x'"
     pretend(study.Outcome(28, 28, {}, False))
     assert call(*command, "--out", tmp_path).exit_code == 0
-    assert given == {"workers": 3, "tracking_uri": "http://x", "folder": tmp_path, "cells": 28}
+    assert given == {
+        "workers": 3,
+        "tracking_uri": "http://me:secret@x",
+        "folder": tmp_path,
+        "cells": 28,
+        "command": typed,
+    }
     assert call(*command, "--no-mlflow").exit_code == 0
     assert (given["tracking_uri"], given["folder"]) == (None, Path("results/main_table"))
     pretend(study.Outcome(27, 28, {"grpo-s0-x": "ValueError: no"}, False))
     failed = call(*command)
     assert failed.exit_code == 1
-    assert "grpo-s0-x: ValueError: no" in failed.stderr
+    assert "grpo-s0-x: ValueError: no (see results/main_table/cells/grpo-s0-x/run.log)" in failed.stderr
+    assert f"run again by: {typed}" in failed.stderr
     pretend(study.Outcome(3, 28, {}, True))
-    assert call(*command).exit_code == 130
+    interrupted = call(*command)
+    assert interrupted.exit_code == 130
+    assert f"goes on with: {typed}" in interrupted.stderr
 
 
 def test_report_and_mirror_act_on_a_study_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

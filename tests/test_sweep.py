@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ from benchmark.compose import compose_run, find
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_text, read_rows
 from benchmark.layers import read_yaml
-from benchmark.sweep import SweepOutcome, all_trials, final_plan, ranked, run_sweep
+from benchmark.sweep import SweepOutcome, all_trials, final_plan, ranked, run_sweep, write_plan
 from benchmark.sweep_space import Sweep, read_sweep, value_at
 from benchmark.sweep_storage import JOURNAL, open_storage, prepare, sampler, study_name
 from benchmark.sweep_trial import Trial
@@ -111,6 +112,9 @@ def runs(folder: Path) -> list[dict[str, Any]]:
         (("jeffreys: [0.5, 0.5]", "none: [0.0, 0.0]"), "prior", "must be positive"),
         (("jeffreys: [0.5, 0.5]", "other: 3"), "prior", "valid tuple"),
         (("k: [1, 8]}", "k: [1, 8]}\npruner: wilcoxon"), "pruner", "at least three seeds"),
+        (("k: [1, 8]}", "k: [1, 8]}\npruner: median"), "pruner", "Write evaluation: {points: 3, samples: 1}"),
+        (("k: [1, 8]}", "k: [1, 8]}\npruner: median\nobjective: [pass_at_8]"), "pruner", "has the 8 samples"),
+        (("k: [1, 8]}", "k: [1, 8]}\npruner: median\nobjective: [pass_at_1, gradient_variance]"), "pruner", "by one"),
         (("k: [1, 8]}", "k: [1, 8]}\nobjective: [pass_at_2]"), "objective", "not evaluated"),
         (("k: [1, 8]}", "k: [1, 8]}\nobjective: [gradient_variance]"), "objective", "not an objective"),
         (("type: categorical", "type: choice"), "prior", "does not match any of the expected tags"),
@@ -289,6 +293,35 @@ def test_a_worse_setting_is_pruned_and_never_a_finalist(tmp_path: Path, fakes: M
         assert told.value == pytest.approx(np.mean([score["pass_at_1"] for score in result["scores"]]))
 
 
+def test_a_run_below_the_median_at_a_share_of_its_budget_is_pruned(tmp_path: Path, fakes: ModuleType) -> None:
+    changes = ("k: [1, 8]}", "k: [1, 8], points: 3}\npruner: median\nsampler: random"), ("trials: 5", "trials: 16")
+    folder = tmp_path / "out"
+    outcome = swept(written(tmp_path, *changes), folder, fakes.look_back)
+    assert (outcome.trials.done, outcome.trials.failed) == (32, {})
+    record = load_sweep(folder)
+    storage = open_storage(folder, None)
+    for label in ("dynamo", "grpo"):
+        reached, whole = [], list[int]()
+        for row in record.of(label).to_dict("records"):
+            point = row["point"] if row["number"] else None
+            reached.append(round(1000 * 0.75 * fakes.accuracy(record.sweep.run(label, "x", point, 0))))
+            before = [reached[number] for number in whole]
+            worse = len(before) >= 5 and reached[-1] < np.median(before)
+            assert row["state"] == ("pruned" if worse else "done"), row["number"]
+            assert len(row["scores"]) == (0 if worse else 2)
+            whole += [] if worse else [row["number"]]
+            assert not worse or not (folder / row["cells"][0]["dir"] / "checkpoint").exists()
+        assert 5 < len(whole) < 16
+        name = study_name("tiny", label, read_sweep(written(tmp_path, *changes)).identity)
+        told = optuna.load_study(study_name=name, storage=storage).trials
+        assert [trial.number for trial in told if trial.state.name == "COMPLETE"] == whole
+        assert {trial.state.name for trial in told} == {"COMPLETE", "PRUNED"}
+    pruned = int((record.trials["state"] == "pruned").sum())
+    found = json.loads(CliRunner().invoke(cli.app, ["status", str(folder), "--json"]).output)["counts"]
+    assert (found["done"], found["ended"]) == (64 - 2 * pruned, 2 * pruned)
+    assert "pruned" in (folder / "REPORT.md").read_text()
+
+
 def test_a_setting_that_diverges_is_an_outcome(tmp_path: Path, fakes: ModuleType) -> None:
     file = written(tmp_path, ("trials: 5", "trials: 12"), ("sweep: tiny", "sweep: tiny\nsampler: random"))
     folder = tmp_path / "out"
@@ -350,6 +383,9 @@ def test_a_failure_shows_in_report_exit_code_log_and_command(
     report = (folder / "REPORT.md").read_text()
     assert "Trial grpo-t002 failed (ValueError: broken today; log: `trials/grpo-t002/run.log`)" in report
     assert "not tuned alike" in report
+    assert f"run again by: `rolloutbench {shlex.join(command)}`" in report
+    shown = CliRunner().invoke(cli.app, ["status", str(folder)]).output
+    assert "failed: grpo-t002: ValueError: broken today (see trials/grpo-t002/run.log)" in shown
     drawn = json.loads((folder / "trials" / "grpo-t002" / "trial.json").read_text())["point"]
     (folder / "mended").touch()
     assert CliRunner().invoke(cli.app, command).exit_code == 0
@@ -469,5 +505,29 @@ def test_the_plan_serves_status(tmp_path: Path, fakes: ModuleType) -> None:
     swept(written(tmp_path), folder, fakes.train)
     result = CliRunner().invoke(cli.app, ["status", str(folder), "--json"])
     assert result.exit_code == 0
-    assert json.loads(result.output)["counts"]["done"] == 20
+    found = json.loads(result.output)
+    assert found["counts"]["done"] == 20
+    shown = CliRunner().invoke(cli.app, ["status", str(folder)]).output
+    best = load_sweep(folder).tuned("dynamo")
+    assert f"dynamo-t{best:03d}" in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("grpo ")]
+    assert line.split()[1] == "10"
+
+
+def test_what_has_no_setting_yet_waits_in_the_plan(tmp_path: Path, fakes: ModuleType) -> None:
+    folder = tmp_path / "out"
+    sweep = read_sweep(written(tmp_path))
+    trials = all_trials(sweep, folder)
+    prepare(sweep, folder, None, trials[0].identity)
+    for trial in trials[:3]:
+        trial.execute(fakes.train, lambda: False)
+    write_plan(sweep, trials, folder, "rolloutbench sweep tiny")
+    found = json.loads(CliRunner().invoke(cli.app, ["status", str(folder), "--json"]).output)
+    assert (found["counts"]["done"], found["counts"]["waiting"]) == (6, 14)
+    assert (found["spent"], found["planned"]) == (6 * 10_000, 20 * 10_000)
+
+
+def test_sweep_file_is_kept(tmp_path: Path, fakes: ModuleType) -> None:
+    folder = tmp_path / "out"
+    swept(written(tmp_path), folder, fakes.train)
     assert yaml.safe_load((folder / "sweep.yaml").read_text())["trials"] == 5
