@@ -37,7 +37,8 @@ def facts(scores: Scores) -> dict[str, str]:
 
 def caveats(scores: Scores) -> list[str]:
     """What a reader has to know before trusting the numbers, one sentence each."""
-    study, problems = scores.study, list(scores.study.problems)
+    study = scores.study
+    problems = [*study.problems, *_retry(study)]
     absent = [arm for arm in study.plan["arms"] if arm not in study.arms]
     if study.reference in absent:
         problems.append(f"{study.reference}, the reference, has no finished run: nothing can be compared.")
@@ -49,6 +50,16 @@ def caveats(scores: Scores) -> list[str]:
     if study.plan.get("scale") == "smoke":
         problems.append("Scale smoke shows that everything runs; it is far too small to say anything about an arm.")
     return problems
+
+
+def _retry(study: Study) -> list[str]:
+    """Where the output of failed runs is, and the command that runs them again."""
+    failed = study.cells[study.cells["state"] == "failed"]
+    if failed.empty:
+        return []
+    again = study.plan.get("command") or "the command that made this study"
+    logs = ", ".join(f"{cell}/run.log" for cell in failed["dir"])
+    return [f"Output of what failed: {logs}. It is run again by: {again}"]
 
 
 def audit(study: Study) -> list[str]:

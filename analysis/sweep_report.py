@@ -7,6 +7,7 @@ from pathlib import Path
 from analysis.figures import Drawn
 from analysis.formatting import counted, currency_name, exact
 from analysis.provenance import made_by
+from analysis.results import read_json
 from analysis.sweep_data import TRIALS, SweepRecord, load_sweep, trial_rows
 from analysis.sweep_figures import write_sweep_figures
 from analysis.sweep_tables import finalists_table, settings_table, tuned_table, tuning_table
@@ -84,6 +85,9 @@ def _problems(record: SweepRecord) -> str:
         name = f"{row['arm']}-t{row['number']:03d}"
         why = f" ({row['message']}; log: `trials/{name}/run.log`)" if row["message"] else ""
         lines.append(f"Trial {name} {'failed' if row['state'] == 'failed' else 'has not run'}{why}.")
+    if (record.trials["state"] == "failed").any():
+        again = (read_json(record.folder / "plan.json") or {}).get("command") or "the command of this sweep"
+        lines.append(f"What failed is run again by: `{again}`")
     whole = {label: len(record.of(label)) - len(record.of(label, "failed", "missing")) for label in record.labels}
     if len(set(whole.values())) > 1:
         lines.append("The arms were not tuned alike: a trial is missing. The same command runs it.")

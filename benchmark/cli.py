@@ -24,7 +24,7 @@ from benchmark.cli_doctor import doctor
 from benchmark.cli_figures import figures
 from benchmark.cli_replay import replay
 from benchmark.cli_replay_batch import replay_batch
-from benchmark.cli_sweep import sweep
+from benchmark.cli_sweep import sweep, typed
 from benchmark.cli_variance import variance
 from benchmark.errors import NO_NAME, REMEDIES, InputError, RunError, storage_error
 from benchmark.opening import check_folder, check_plan, printable
@@ -163,8 +163,9 @@ def study(
 
         held = connect(ray, gpus)
         workers, pool = workers or held, partial(RayPool, gpus=gpus)
-    uri = tracking_uri if mlflow else None
-    _finish(run_study(plan, folder, workers=workers, tracking_uri=uri, pool=pool, reuse=reuse or ()), folder)
+    uri, command, studies = tracking_uri if mlflow else None, typed(), reuse or ()
+    given: dict[str, Any] = {"tracking_uri": uri, "pool": pool, "reuse": studies, "command": command}
+    _finish(run_study(plan, folder, workers=workers, **given), folder)
     typer.echo(f"done: {folder / 'REPORT.md'}")
 
 
@@ -341,10 +342,10 @@ def _finish(outcome: Outcome, folder: Path) -> None:
     for cell, why in outcome.failed.items():
         typer.echo(f"failed: {cell}: {why} (see {folder / 'cells' / cell / 'run.log'})", err=True)
     if outcome.interrupted:
-        typer.echo(f"interrupted: {outcome.done}/{outcome.total} done; the same command continues", err=True)
+        typer.echo(f"interrupted: {outcome.done}/{outcome.total} done; goes on with: {typed()}", err=True)
         raise typer.Exit(INTERRUPTED)
     if outcome.failed:
-        typer.echo("the same command retries what failed", err=True)
+        typer.echo(f"what failed is run again by: {typed()}", err=True)
         raise typer.Exit(FAILED)
 
 

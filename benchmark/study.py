@@ -118,6 +118,7 @@ def run_study(
     report: Callable[[Path], object] | None = None,
     display: Display | None = None,
     reuse: Sequence[Path] = (),
+    command: str = "",
 ) -> Outcome:
     """Run what is missing of `plan` in `folder` and write the report.
 
@@ -130,6 +131,7 @@ def run_study(
         run, prepare, report: replace training, warm-up and report (tests).
         display: where progress is shown.
         reuse: results folders of other studies; their finished runs are copied where this study has the same.
+        command: what was typed: the report names it beside a failure, since it runs what failed again.
 
     Raises:
         InputError: a folder holds another run, or one of `reuse` holds no study.
@@ -142,10 +144,8 @@ def run_study(
         cell.check()
     taken = take_over(cells, reuse)
     missing = [cell for cell in cells if cell.result() is None]
-    record = plan_record(plan, cells)
-    _announce(display, folder, record, len(missing))
-    if taken:
-        display.note(f"{len(taken)} cells taken over from {', '.join(map(str, reuse))}")
+    record = plan_record(plan, cells) | {"command": command}
+    _announce(display, folder, record, len(missing), len(taken))
     atomic_write_json(folder / "plan.json", record)
     invocation = uuid.uuid4().hex
     interrupts = Interrupts()
@@ -361,9 +361,11 @@ def _failures(cells: Sequence[Cell], failed: dict[str, str]) -> list[dict[str, A
     ]
 
 
-def _announce(display: Display, folder: Path, record: dict[str, Any], missing: int) -> None:
+def _announce(display: Display, folder: Path, record: dict[str, Any], missing: int, taken: int) -> None:
     before = read_json(folder / "plan.json")
     if before is not None and before.get("scale") != record["scale"]:
         display.note(f"{folder} last held scale {before.get('scale')}: its cells stay, its report is replaced")
     total = len(record["cells"])
     display.note(f"{record['study']}: {total} cells at scale {record['scale']}, {missing} to run, in {folder}")
+    if taken:
+        display.note(f"{taken} cells taken over from other studies")
