@@ -37,6 +37,7 @@ from benchmark.policy import Policy, prepare_machine
 from benchmark.preflight import check_verifier, preflight
 from benchmark.probing import prompt_features
 from benchmark.problems import load_task
+from benchmark.staleness import Past
 from benchmark.step_metrics import allocation_row, rollout_metrics
 from benchmark.trace import EvaluationTrace, Trace
 from benchmark.update import Updater, make_optimiser
@@ -167,6 +168,7 @@ class Run:
         self.budget = Budget(config.budget.currency, config.budget.amount)
         self.history = PromptHistory(len(train), self.method.half_life)
         self.prices = Prices(policy.size)
+        self.past = Past(rollout.staleness)
         self.step, self.points, self.elapsed = 0, 0, 0.0
         self.seconds: dict[str, float] = {}
         self.saved: tuple[int, int] | None = None  # step and points of the newest checkpoint
@@ -192,6 +194,7 @@ class Run:
             rollout,
             self.clock,
             self.place,
+            config.verifier.flip_rate,
         )
         self.updater = Updater(
             self.method,
@@ -206,6 +209,7 @@ class Run:
             updates=self.updates,
             signal=self.signal,
             trace=self.trace,
+            past=self.past,
         )
         self.engine = engine.load(self.method.engine)(self.collector, self.updater)
 
@@ -308,6 +312,7 @@ class Run:
             "records": {name: fingerprint(self.out / name) for name in RECORDS},
         }
         history = {name: torch.from_numpy(values) for name, values in self.history.state().items()}
+        history |= self.past.state()
         checkpoint.save(self.out / "checkpoint", self.policy, self.optimiser, history, state)
         now = time.monotonic()
         self.saved = (self.step, self.points)
@@ -325,6 +330,7 @@ class Run:
         file, state = found
         history = checkpoint.load(file, self.policy, self.optimiser)
         self.history.restore({name: values.numpy() for name, values in history.items()})
+        self.past.restore(history, self.policy)
         self.step, self.place, self.points = state["step"], state["place"], state["points"]
         self.saved = (self.step, self.points)
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]
