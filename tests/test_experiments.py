@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from analysis.all_action import Tabular, guessing
+from analysis.forgetting import Mean, forgetting, only
 from analysis.low_rank import shapes
+from benchmark.compose import compose_run
 from benchmark.pricing import ShapeConfig, attention_flops, low_rank_saving
+from benchmark.problems import load_task
 
 
 def random_case(ways: int, answers: int) -> Tabular:
@@ -81,3 +85,35 @@ def test_shapes_are_those_of_the_scales() -> None:
     found = shapes()
     assert found["small"].hidden_size == 128
     assert list(found) == ["small", "paper-1.5b", "paper-7b", "paper-14b"]
+
+
+# -- an EMA of the weights
+
+
+def test_the_mean_forgets_its_start_by_its_decay() -> None:
+    mean = Mean({"w": torch.tensor([8.0])}, decay=0.5)
+    for value in (0.0, 4.0):
+        mean.update({"w": torch.tensor([value])})
+    assert mean.weights["w"].tolist() == [4.0]  # (8 / 2 + 0 / 2) / 2 + 4 / 2
+
+
+def test_one_family_trains_and_all_are_evaluated() -> None:
+    config = compose_run("grpo", scale="smoke")
+    train, held_out = load_task(only(config, "sum_long", "policy").task)
+    assert {item.family for item in train} == {"sum_long"}
+    assert {item.family for item in held_out} == set(config.task.families)
+    assert len(train) == config.task.train_items
+    # The same problems as in the mixed run, whatever the training family.
+    assert [item.id for item in held_out] == [item.id for item in load_task(config.task)[1]]
+
+
+@pytest.mark.slow
+def test_a_whole_probe_says_every_moment_and_family() -> None:
+    config = compose_run("grpo", scale="smoke", options=["budget.amount=6000"])
+    rows = forgetting(config, "sum_long", "products", [0.0, 1.0], samples=2)
+    table = {(moment, family): value for moment, family, value in rows}
+    assert len(table) == 5 * 4
+    for family in config.task.families:
+        # A mean that keeps nothing is the policy itself; one that keeps everything is where the phase began.
+        assert table["then products, EMA 0", family] == table["then products", family]
+        assert table["then products, EMA 1", family] == table["after sum_long", family]
