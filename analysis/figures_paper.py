@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +12,22 @@ from analysis.comparisons import Scores
 from analysis.figures_forest import forest
 from analysis.formatting import currency_name, metric_name, points
 from analysis.palette import styles
-from analysis.plotting import amounts, beside, compact_log, label_x, legend_right, narrow, new_figure, percent
+from analysis.plotting import (
+    amounts,
+    beside,
+    compact_log,
+    label_below,
+    label_x,
+    legend_right,
+    line,
+    narrow,
+    new_figure,
+    percent,
+)
 from analysis.resampling import bootstrap_for
+from analysis.results import Study
 from analysis.statistics import Floats, family_weights, improvement_estimate
+from benchmark.jsonl import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,9 +38,11 @@ DIFFICULTY = (0.0, 0.25, 0.5, 0.75, 1.0)
 HISTOGRAMS = (
     ("policy/entropy_nats", "entropy, nats", False),
     ("policy/ratio_max", "largest ratio", True),
-    ("policy/kl_old_nats", "KL(old, new) a token, nats", True),
+    ("policy/kl_old_nats", "KL(old, new), nats", True),
 )
 """Per-step quantities: key, label, whether the axis is logarithmic."""
+FLOOR = 1e-3
+"""Nats below which a token counts as certain."""
 
 
 def difficulty_bins(scores: Scores) -> tuple[NDArray[np.int64], Floats]:
@@ -113,14 +128,7 @@ def performance_profiles(scores: Scores) -> Figure | None:
     figure, axes = beside(1 if base is None else 2, 2.2 if narrow() else 3.3)
     for arm, shares in profiles.items():
         for axis, values in zip(axes, [shares] if base is None else [shares, shares - base], strict=True):
-            axis.plot(
-                thresholds,
-                values,
-                color=looks[arm].colour,
-                linestyle=looks[arm].dash,
-                linewidth=1.9 if arm in (study.reference, "dynamo") else 1.0,
-                label=arm,
-            )
+            line(axis, thresholds, values, looks[arm], arm, strong=arm in (study.reference, "dynamo"))
     axes[0].set_title("runs and problems at or above, %", loc="left")
     if base is not None:
         axes[1].set_title(f"difference to {study.reference}, points", loc="left")
@@ -185,7 +193,10 @@ def pareto(scores: Scores) -> Figure | None:
                 [x, x], [float(found[arm].low), float(found[arm].high)], color=style.colour, linewidth=0.8, alpha=0.6
             )
             axis.plot(x, y, style.marker, color=style.colour, markersize=5.5, markeredgecolor="white", label=arm)
-        axis.set_xlabel(f"{currency_name(str(currency).removeprefix('spent/'))} of a run, mean over seeds")
+        axis.set_xlabel(f"{currency_name(str(currency).removeprefix('spent/'))} of a run,\nmean over seeds")
+        # Costs that are all but equal stay beside each other.
+        middle, reach = (max(cost) + min(cost)) / 2, max((max(cost) - min(cost)) * 0.55, 0.05 * max(cost))
+        axis.set_xlim(middle - reach, middle + reach)
         amounts(axis.xaxis)
         percent(axis.yaxis)
     for axis in axes if narrow() else axes[:1]:
@@ -203,28 +214,81 @@ def step_histograms(scores: Scores) -> Figure | None:
     kept = [entry for entry in HISTOGRAMS if entry[0] in study.steps and study.steps[entry[0]].notna().any()]
     if not kept:
         return None
-    figure, axes = beside(len(kept), 0.17 * len(study.arms) + 0.75, share_x=False, share_y=True)
-    mesh = None
-    for axis, (key, label, logarithmic) in zip(axes, kept, strict=True):
-        values = {arm: study.steps.loc[study.steps["arm"] == arm, key].dropna().to_numpy(float) for arm in study.arms}
-        mesh = _rows_of_histograms(axis, list(values.values()), logarithmic)
-        axis.set_title(label, loc="left")
-        axis.set_yticks(range(len(values)), list(values))
-        axis.set_ylim(len(values) - 0.5, -0.5)
-        axis.tick_params(axis="y", length=0, labelsize=6.5)
+    steps = {arm: study.steps[study.steps["arm"] == arm] for arm in study.arms}
+    return _histograms(
+        [
+            (label, {arm: own[key].dropna().to_numpy(float) for arm, own in steps.items()}, logarithmic)
+            for key, label, logarithmic in kept
+        ],
+        "steps",
+    )
+
+
+def token_entropies(study: Study) -> dict[str, dict[str, Floats]]:
+    """Entropy in nats of every traced token at the first and at the last traced update, (T,) by moment and arm.
+
+    All runs of an arm together; without traces there is no moment.
+    """
+    found: dict[str, dict[str, list[float]]] = {"first": {}, "last": {}}
+    for cell in study.done.to_dict("records"):
+        rows = read_rows(study.folder / str(cell["dir"]) / "traces.jsonl")[0]
+        rows = [row for row in rows if row["phase"] == "training"]
+        steps = [row["step"] for row in rows]
+        for row in rows:
+            tokens = [value for rollout in row["rollouts"] for value in rollout["entropy"] if value is not None]
+            for moment, step in (("first", min(steps)), ("last", max(steps))):
+                if row["step"] == step:
+                    found[moment].setdefault(str(cell["arm"]), []).extend(tokens)
+    return {moment: {arm: np.array(v) for arm, v in arms.items()} for moment, arms in found.items() if arms}
+
+
+def token_entropy(scores: Scores) -> Figure | None:
+    """How the policy's entropy is spread over tokens at the first and the last update of each arm.
+
+    Tokens of the traced rollouts, all seeds together; the first cell holds those below `FLOOR` nats.
+    """
+    entropies = token_entropies(scores.study)
+    if not entropies:
+        return None
+    nothing = np.array([])
+    figure = _histograms(
+        [
+            (f"{moment} update", {arm: arms.get(arm, nothing).clip(min=FLOOR) for arm in scores.study.arms}, True)
+            for moment, arms in entropies.items()
+        ],
+        "tokens",
+    )
+    label_below(figure, "entropy of a token, nats")
+    return figure
+
+
+def _histograms(panels: Sequence[tuple[str, Mapping[str, Floats], bool]], what: str) -> Figure:
+    """Panels of (title, sample by arm, whether the axis is logarithmic), with one scale of shares of `what`."""
+    arms = list(panels[0][1])
+    figure, axes = beside(len(panels), 0.17 * len(arms) + 0.75, share_x=False, share_y=True)
+    meshes = []
+    for axis, (title, values, logarithmic) in zip(axes, panels, strict=True):
+        meshes.append(_rows_of_histograms(axis, list(values.values()), logarithmic))
+        axis.set_title(title, loc="left")
+        axis.set_yticks(range(len(arms)), arms)
+        axis.set_ylim(len(arms) - 0.5, -0.5)
+        axis.tick_params(labelsize=6.5)
+        axis.tick_params(axis="y", length=0)
         axis.grid(visible=False)
-    if mesh is not None:
-        bar = figure.colorbar(mesh, ax=axes, shrink=0.9, aspect=22, pad=0.02)
-        percent(bar.ax.yaxis)
-        bar.set_label("share of steps, %")
-        bar.outline.set_visible(False)
+    bar = figure.colorbar(meshes[0], ax=axes, shrink=0.9, aspect=22, pad=0.02)
+    percent(bar.ax.yaxis)
+    bar.set_label(f"share of {what}, %")
+    bar.outline.set_visible(False)
     return figure
 
 
 def _rows_of_histograms(axis: Axes, rows: Sequence[Floats], logarithmic: bool, bins: int = 32) -> Any:
-    """One row of cells a sample; the axis ends at the 98 % quantile, beyond which values count in the last cell."""
+    """One row of cells a sample; the axis ends at the 98 % quantile, beyond which values count in the last cell.
+
+    A logarithmic axis begins at the 2 % quantile, since one tiny value would take most of it.
+    """
     everything = np.concatenate(rows)
-    low, high = float(everything.min()), float(np.quantile(everything, 0.98))
+    low, high = (float(x) for x in np.quantile(everything, (0.02 if logarithmic else 0.0, 0.98)))
     high = high if high > low else low + 1.0
     edges = np.geomspace(low, high, bins + 1) if logarithmic and low > 0 else np.linspace(low, high, bins + 1)
     shares = np.stack([np.histogram(row.clip(low, high), edges)[0] / max(len(row), 1) for row in rows])
@@ -236,5 +300,5 @@ def _rows_of_histograms(axis: Axes, rows: Sequence[Floats], logarithmic: bool, b
             axis.plot([middle, middle], [place - 0.42, place + 0.42], color="#D55E00", linewidth=1.6)
     if logarithmic and low > 0:
         axis.set_xscale("log")
-        compact_log(axis.xaxis)
+        compact_log(axis.xaxis, decades=high > 100 * low)
     return mesh

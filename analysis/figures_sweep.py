@@ -1,4 +1,4 @@
-"""Figures and tables of an Optuna sweep, one Optuna study an arm, from its journal."""
+"""Figures and tables of a sweep's trials, from its Optuna journal or from its report's table of trials."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis.palette import styles
 from analysis.plotting import legend_right, narrow, new_figure, panels, percent
+from analysis.sweep_data import TRIALS
 from benchmark.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,11 +25,15 @@ def load_trials(folder: Path) -> pd.DataFrame:
     """Finished trials of a sweep: arm, trial, value (first objective), params (one column ``param/<name>`` each).
 
     Args:
-        folder: a sweep's results, with an Optuna journal in it, or the journal itself.
+        folder: a sweep's results, or an Optuna journal. A journal is newer than ``tables/trials.csv``; where the trials
+            are in a database, or come from MLflow, there is the table alone.
 
     Raises:
-        InputError: there is no journal, or no trial in it has finished.
+        InputError: there is neither, or no trial in it has finished.
     """
+    table = folder / "tables" / TRIALS
+    if table.is_file() and not _journals(folder):
+        return pd.read_csv(table)
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
     from optuna.trial import TrialState
@@ -53,12 +58,19 @@ def journal_of(folder: Path) -> Path:
     """
     if folder.is_file():
         return folder
-    for pattern in JOURNALS:
-        for path in sorted(folder.glob(pattern)):
-            with path.open(encoding="utf-8") as file:
-                if file.readline().startswith('{"op_code"'):
-                    return path
-    raise InputError("no Optuna journal", file=folder, remedy="Name the results folder of a sweep")
+    found = _journals(folder)
+    if not found:
+        raise InputError("no Optuna journal", file=folder, remedy="Name the results folder of a sweep")
+    return found[0]
+
+
+def _journals(folder: Path) -> list[Path]:
+    found = []
+    for path in (path for pattern in JOURNALS for path in sorted(folder.glob(pattern))):
+        with path.open(encoding="utf-8") as file:
+            if file.readline().startswith('{"op_code"'):
+                found.append(path)
+    return found
 
 
 def arm_of(study_name: str) -> str:

@@ -136,7 +136,8 @@ def measure(
 
     Returns:
         The content of ``gradient_variance.json``: checkpoint, settings and one row per allocation and advantage with
-        ratio (to uniform), low, high, trace, squared_mean, signal_to_noise and cosine (to uniform's mean).
+        ratio (to uniform), low, high, trace, squared_mean, signal_to_noise and cosine (to uniform's mean). Without a
+        row where gradients are zero, as of a policy that solves nothing yet: there is no variance to compare.
     """
     device = prepare_machine()
     path = ensure_policy(config)
@@ -163,15 +164,19 @@ def measure(
         "replicates": replicates,
         "rollouts_per_prompt": config.rollout.rollouts_per_prompt,
         "plan_hash": config.plan_hash,
-        "rows": [_row(key, samples) for key in samples],
+        "rows": [row for key in samples if (row := _row(key, samples)) is not None],
     }
 
 
-def _row(key: tuple[str, str], samples: Mapping[tuple[str, str], list[Tensor]]) -> dict[str, Any]:
+def _row(key: tuple[str, str], samples: Mapping[tuple[str, str], list[Tensor]]) -> dict[str, Any] | None:
     own, uniform = torch.stack(samples[key]).double(), torch.stack(samples["uniform", key[1]]).double()
     gram, reference = (own @ own.T).cpu().numpy(), (uniform @ uniform.T).cpu().numpy()
+    (trace, square), (reference_trace, reference_square) = trace_and_square(gram), trace_and_square(reference)
+    if not (trace > 0 and reference_trace > 0):
+        return None
     ratio, low, high = ratio_interval(gram, reference)
-    trace, square = trace_and_square(gram)
+    if not np.isfinite([low, high]).all():  # so few replicates have a gradient that some resamples have none
+        return None
     return {
         "allocator": key[0],
         "advantage": key[1],
@@ -181,7 +186,7 @@ def _row(key: tuple[str, str], samples: Mapping[tuple[str, str], list[Tensor]]) 
         "trace": trace,
         "squared_mean": square,
         "signal_to_noise": square / trace,
-        "cosine": cosine((own @ uniform.T).cpu().numpy(), square, trace_and_square(reference)[1]),
+        "cosine": cosine((own @ uniform.T).cpu().numpy(), square, reference_square),
     }
 
 

@@ -58,6 +58,17 @@ def open_variance(results: str, source: str, tracking_uri: str) -> pd.DataFrame:
     return pd.read_csv(file)
 
 
+def open_sweep(results: str, source: str, tracking_uri: str) -> pd.DataFrame:
+    """The whole trials of a sweep (`analysis.figures_sweep.load_trials`); `results` may be an Optuna journal.
+
+    Raises:
+        InputError: as `open_study`.
+    """
+    from analysis.figures_sweep import load_trials
+
+    return load_trials(_folder(results, source, tracking_uri, bring_tables))
+
+
 def _folder(results: str, source: str, tracking_uri: str, fetch: Callable[[str, str, Path], Path]) -> Path:
     if source not in SOURCES:
         raise InputError("is no source", key="source", value=source, remedy="Sources are files and mlflow")

@@ -17,10 +17,10 @@ RESULTS = {
     "main_results": "main_table",
     "ablation": "ablation",
     "gradient_variance": "variance",
-    "sweep": "sweep",
+    "sweep": "sweeps/modulation",
     "your_method": "main_table",
 }
-"""The notebooks, and the folder of ``results/`` that each reads by default."""
+"""The notebooks, and the folder of ``results/`` that each reads by default: where the nox sessions put them."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def execute(name: str, folder: Path, out: Path, parameters: Mapping[str, Any]) -
 
 
 def execute_all(results: Path, out: Path, parameters: Mapping[str, Any]) -> Iterator[Executed]:
-    """Every notebook whose results are below `results`; with ``source="mlflow"`` every one but the sweep's."""
+    """Every notebook whose results are below `results`; with ``source="mlflow"`` every one that the store has."""
     for name, place in RESULTS.items():
         folder = results / place
-        if parameters.get("source") == "mlflow" and name != "sweep":
+        if parameters.get("source") == "mlflow":
             try:
                 yield Executed(name, execute(name, folder, out, parameters))
             except InputError as error:
@@ -85,8 +85,7 @@ def execute_all(results: Path, out: Path, parameters: Mapping[str, Any]) -> Iter
         elif not folder.is_dir():
             yield Executed(name, reason=f"there is no {folder}")
         else:
-            own = {} if name == "sweep" else dict(parameters)
-            yield Executed(name, execute(name, folder, out, own))
+            yield Executed(name, execute(name, folder, out, parameters))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
@@ -38,6 +37,7 @@ from analysis.tables import Column, Table, Text
 from benchmark import registry
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_text
+from benchmark.opening import stored_config
 
 TEMPLATES = Path(__file__).parent / "templates"
 _NUMBER = re.compile(rf"[+\-{MINUS}]?\d[\d,]*(?:\.\d+)?")
@@ -157,9 +157,11 @@ def arm_view(study: Study, arm: str) -> dict[str, Any]:
     """Which method an arm is, with which parameters, and what the method's file says of itself."""
     cell = study.done[study.done["arm"] == arm].iloc[0]
     path = study.folder / str(cell["dir"]) / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-    chosen = (config or {}).get("method") or {"name": arm}
-    view: dict[str, Any] = {"arm": arm, "method": str(chosen["name"]), "params": _flat(chosen.get("params") or {})}
+    section = stored_config(path).get("method") if path.exists() else None
+    chosen = section if isinstance(section, dict) else {}
+    params = chosen.get("params")
+    shown = _flat(params) if isinstance(params, Mapping) else []
+    view: dict[str, Any] = {"arm": arm, "method": str(chosen.get("name", arm)), "params": shown}
     try:
         info, cls = registry.describe(view["method"]), registry.load(view["method"])
     except InputError as error:  # made elsewhere, with a method that is not installed here

@@ -32,7 +32,7 @@ ARMS = {
     "dr_grpo": Style("#332288", "^", SOLID),
     "rloo": Style("#2A9D8F", "v", SOLID),
     "dapo": Style("#0072B2", "s", SOLID),
-    "clip_higher": Style("#4BA3D9", "s", DASHED),
+    "clip_higher": Style("#3B93C6", "s", DASHED),
     "entropy_loss": Style("#117733", "P", SOLID),
     "fork_tokens": Style("#8A8A1F", "X", SOLID),
     "entropy_advantage": Style("#00A87A", "P", DASHED),
@@ -74,12 +74,12 @@ def styles(arms: Sequence[str]) -> dict[str, Style]:
 
 
 PHASES = {
-    "decode": "#4477AA",
-    "verify": "#66A6C9",
-    "forward": "#7A9A3B",
-    "backward": "#B9A441",
-    "optimiser": "#C46A5E",
-    "other": "#9A9A9A",
-    "evaluate": "#DADADA",
+    "decode": "#33608F",
+    "verify": "#8CC3E0",
+    "forward": "#5E7F22",
+    "backward": "#D9C65B",
+    "optimiser": "#A9443A",
+    "other": "#B0B0B0",
+    "evaluate": "#E2E2E2",
 }
-"""Colours of the phases of a step; an unknown phase is drawn like `other`."""
+"""Colours of the phases of a step, dark and light in turn for grey print; an unknown phase is drawn like `other`."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
 from analysis.comparisons import Scores
 from analysis.formatting import amount, counted, currency_name, exact
 from analysis.results import Study
 from benchmark.ledger import FATES
+from benchmark.source import code_state
+
+LIBRARIES = ("matplotlib", "numpy", "pandas", "seaborn")
 
 _SHARED = {
     0: "so no difference is shown",
@@ -30,7 +37,8 @@ def facts(scores: Scores) -> dict[str, str]:
 
 def caveats(scores: Scores) -> list[str]:
     """What a reader has to know before trusting the numbers, one sentence each."""
-    study, problems = scores.study, list(scores.study.problems)
+    study = scores.study
+    problems = [*study.problems, *_retry(study)]
     absent = [arm for arm in study.plan["arms"] if arm not in study.arms]
     if study.reference in absent:
         problems.append(f"{study.reference}, the reference, has no finished run: nothing can be compared.")
@@ -39,7 +47,19 @@ def caveats(scores: Scores) -> list[str]:
         for count, what in _SHARED.items():
             if lone := [arm for arm in shared if shared[arm] == count]:
                 problems.append(f"{', '.join(lone)}: {counted(count, 'seed')} shared with {study.reference}, {what}.")
+    if study.plan.get("scale") == "smoke":
+        problems.append("Scale smoke shows that everything runs; it is far too small to say anything about an arm.")
     return problems
+
+
+def _retry(study: Study) -> list[str]:
+    """Where the output of failed runs is, and the command that runs them again."""
+    failed = study.cells[study.cells["state"] == "failed"]
+    if failed.empty:
+        return []
+    again = study.plan.get("command") or "the command that made this study"
+    logs = ", ".join(f"{cell}/run.log" for cell in failed["dir"])
+    return [f"Output of what failed: {logs}. It is run again by: {again}"]
 
 
 def audit(study: Study) -> list[str]:
@@ -81,4 +101,16 @@ def measured_on(study: Study) -> list[str]:
     ]
     if any(len(found) > 1 for found in study.versions.values()):
         lines.append("The runs did not all use the same versions.")
+    copied = study.done["origin"].astype(bool)
+    if copied.any():
+        studies = sorted({str(Path(folder).parent.parent) for folder in study.done["origin"][copied]})
+        lines.append(
+            f"{counted(int(copied.sum()), 'run')} of equal configuration taken over from {', '.join(studies)}, "
+            "with the seconds measured there."
+        )
     return lines
+
+
+def made_by() -> dict[str, Any]:
+    """The code and the libraries that write a report now; with the same ones the same records give the same bytes."""
+    return {"code": code_state(), "libraries": {name: version(name) for name in LIBRARIES}}

@@ -15,6 +15,8 @@ from benchmark.errors import InputError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+MOST = 1_000_000
+"""Rollouts of a visit beyond which a count is taken for a slip."""
 FORMAT = 'A line is {"id": "prompt 7", "n_rollouts": 8, "correct": [0, 3, 5]}: docs/replay.md'
 
 
@@ -62,7 +64,11 @@ def load_counts(path: Path) -> CountLog:
     if not path.is_file():
         raise InputError("no such file", file=path, remedy="Name a JSONL file of success counts")
     rows: dict[str, tuple[list[int], list[int]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not UTF-8 ({error.reason})", file=path, remedy="Save it as UTF-8") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         name, correct, trials = _row(line, path, number)
@@ -87,7 +93,7 @@ def _row(line: str, path: Path, number: int) -> tuple[str, list[int], list[int]]
 
     try:
         row: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise bad("not JSON") from None
     if not isinstance(row, dict):
         raise bad("not a JSON object")
@@ -101,8 +107,8 @@ def _row(line: str, path: Path, number: int) -> tuple[str, list[int], list[int]]
     if len(trials) != len(correct):
         raise bad(f"has {len(trials)} entries for {len(correct)} visits", "n_rollouts")
     for c, n in zip(correct, trials, strict=True):
-        if type(n) is not int or n < 2:
-            raise bad("is not a whole number of at least 2 rollouts", "n_rollouts", n)
+        if type(n) is not int or not 2 <= n <= MOST:
+            raise bad(f"is not a whole number of at least 2 rollouts, at most {MOST}", "n_rollouts", n)
         if type(c) is not int or not 0 <= c <= n:
             raise bad(f"is not a whole number from 0 to {n}", "correct", c)
     return str(row["id"]), correct, trials

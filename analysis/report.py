@@ -12,7 +12,7 @@ from analysis.claims import RULE, Answer, answer_claims
 from analysis.comparisons import Difference, Scores
 from analysis.figures import Drawn, write_figures
 from analysis.page import Findings, write_page
-from analysis.provenance import audit, caveats, facts, measured_on, reproduce
+from analysis.provenance import audit, caveats, facts, made_by, measured_on, reproduce
 from analysis.readme import read_marked, write_readme
 from analysis.results import Study, load_study, read_json
 from analysis.summary import METHOD, headline
@@ -26,22 +26,24 @@ from analysis.table_scores import (
 )
 from analysis.table_spend import cost_table, ranking_table, rollouts_table, seconds_table, spend_table
 from analysis.table_variance import variance_table
-from analysis.tables import Table
+from analysis.tables import Table, no_html
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_text, clear_partial
+from benchmark.seal import write_manifest
 
 TABLES, FIGURES = "tables", "figures"
 
 
-def write_report(study_dir: Path, readme: Path | None = None) -> Path:
+def write_report(study_dir: Path, readme: Path | None = None, out: Path | None = None) -> Path:
     """Write ``tables/*.{md,csv,tex}``, ``figures/*.{svg,pdf,png}``, ``REPORT.md`` and ``index.html`` of a study.
 
     What is missing or failed is named first and left out of every number. The same records give the same
-    bytes.
+    bytes. ``manifest.json`` is written last, with the hashes of all files (`benchmark.seal`).
 
     Args:
         study_dir: ``results/<study>``, with ``plan.json`` and ``cells/``.
         readme: a README whose marked parts are to show the same results (`analysis.readme`).
+        out: another folder for the report, which gets no manifest; `study_dir` then stays as it is.
 
     Returns:
         The path of REPORT.md.
@@ -61,21 +63,24 @@ def write_report(study_dir: Path, readme: Path | None = None) -> Path:
     answers = answer_claims(scores, study.claims)
     differences = _differences(scores)
     tables = {table.name: table for table in _tables(scores, answers, differences, variance)}
-    folder = study_dir / TABLES
+    place = out or study_dir
+    folder = place / TABLES
     folder.mkdir(exist_ok=True)
-    for written_to in (study_dir, folder, study_dir / FIGURES):
+    for written_to in (place, folder, place / FIGURES):
         clear_partial(written_to)
     for written in [path for suffix in ("md", "csv", "tex") for path in folder.glob(f"*.{suffix}")]:
         if written.stem not in tables:
             written.unlink()
     for table in tables.values():
         table.write(folder)
-    figures = {drawn.name: drawn for drawn in write_figures(scores, study_dir / FIGURES, variance)}
-    path, result = study_dir / "REPORT.md", headline(scores, differences)
+    figures = {drawn.name: drawn for drawn in write_figures(scores, place / FIGURES, variance)}
+    path, result = place / "REPORT.md", headline(scores, differences)
     atomic_write_text(path, _compose(scores, answers, result, tables, figures))
-    write_page(study_dir / "index.html", Findings(scores, result, answers, tables, figures))
+    write_page(place / "index.html", Findings(scores, result, answers, tables, figures))
     if readme is not None:
-        write_readme(readme, scores, differences, answers, study_dir / FIGURES)
+        write_readme(readme, scores, differences, answers, place / FIGURES)
+    if out is None:
+        write_manifest(study_dir, made_by())
     return path
 
 
@@ -174,7 +179,7 @@ def _compose(
         "Measured on": _listed(measured_on(study)),
     }
     body = "".join(f"## {title}\n\n{text.strip()}\n\n" for title, text in sections.items() if text.strip())
-    return f"# {study.name}\n\n{_opening(scores)}\n\n{body.rstrip()}\n"
+    return no_html(f"# {study.name}\n\n{_opening(scores)}\n\n{body.rstrip()}\n")
 
 
 def _opening(scores: Scores) -> str:

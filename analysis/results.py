@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from benchmark.errors import InputError
 from benchmark.jsonl import Row, read_rows
 from benchmark.ledger import CURRENCIES, FATES, UNCHARGED_PHASES
+from benchmark.opening import check_folder, check_plan, stored_config
 
 MEASURED = ("device_seconds", "verifier_seconds")
 _DEFAULT_KS = (1, 8, 32)
@@ -39,7 +39,8 @@ class Study:
         plan: ``plan.json``.
         cells: one row per planned cell: arm, seed, dir, state (done, failed, running, interrupted, missing,
             incomplete), message; of done cells also planned, steps, overshoot, wall_seconds, device,
-            spent/<currency>, oracle/<currency>, drawn/<fate>, seconds/<phase>, versions.
+            spent/<currency>, oracle/<currency>, drawn/<fate>, seconds/<phase>, versions, and as origin the folder a
+            run was copied from, or "".
         points: one row per evaluation of a done cell: arm, seed, point, step, final, and the cumulative training
             spend in every currency.
         evaluations: one row per evaluated item: arm, seed, point, item, family, n samples, c correct.
@@ -167,6 +168,8 @@ def load_study(folder: Path) -> Study:
         raise InputError(
             what, file=folder / "plan.json", key=absent[0], remedy="Run the study: it writes its plan anew"
         )
+    check_folder(folder)
+    check_plan(folder, plan)
     records = [_read_cell(folder, plan, planned) for planned in plan["cells"]]
     _require_same_items(records)
     done = [record for record in records if record.row["state"] == "done"]
@@ -227,7 +230,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise InputError("not a JSON object", file=path, remedy="Restore it, or run the cell again")
@@ -235,6 +238,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _read_cell(folder: Path, plan: Mapping[str, Any], planned: Mapping[str, Any]) -> _Record:
+    try:
+        return _read(folder, plan, planned)
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"a record of the cell lacks what it should hold ({type(error).__name__}: {error})"
+        remedy = "Restore it, or delete the cell and run it again"
+        raise InputError(what, file=folder / str(planned["dir"]), remedy=remedy) from None
+
+
+def _read(folder: Path, plan: Mapping[str, Any], planned: Mapping[str, Any]) -> _Record:
     cell = folder / str(planned["dir"])
     head: dict[str, Any] = {"arm": str(planned["arm"]), "seed": int(planned["seed"])}
     state, message = _state(cell, plan, planned)
@@ -242,7 +256,7 @@ def _read_cell(folder: Path, plan: Mapping[str, Any], planned: Mapping[str, Any]
     result = read_json(cell / "result.json")
     if state != "done" or result is None:
         return record
-    record.row |= _result_columns(result)
+    record.row |= _result_columns(result) | {"origin": (read_json(cell / "origin.json") or {}).get("folder", "")}
     rows = read_rows(cell / "evaluation.jsonl")[0]
     if not any(row.get("final") for row in rows):
         record.refuse("it has no final evaluation")
@@ -377,5 +391,6 @@ def _ks(folder: Path, done: list[_Record]) -> tuple[int, ...]:
     path = folder / str(done[0].row["dir"]) / "config.yaml"
     if not path.exists():
         return _DEFAULT_KS
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    return tuple(config.get("evaluation", {}).get("k") or _DEFAULT_KS)
+    section = stored_config(path).get("evaluation")
+    found = section.get("k") if isinstance(section, dict) else None
+    return tuple(int(k) for k in found) if isinstance(found, list) and found else _DEFAULT_KS

@@ -23,12 +23,15 @@ from benchmark.errors import InputError
 from benchmark.jsonl import read_rows
 from benchmark.layers import read_yaml, validate
 from benchmark.ledger import CURRENCIES
+from benchmark.opening import check_folder, inside
 from benchmark.sweep_config import SweepConfig
 from benchmark.sweep_space import Sweep
 from benchmark.sweep_trial import DIVERGED, DONE
 
 FEWEST = 4
 """Whole trials below which nothing is said about parameters."""
+TRIALS = "trials.csv"
+"""The file among the report's tables that has every whole trial with its settings."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,14 @@ def load_sweep(folder: Path) -> SweepRecord:
     """
     if not (folder / "sweep.yaml").exists():
         raise InputError("no sweep.yaml there", file=folder, remedy="Give the results folder of a sweep")
+    check_folder(folder)
     written = read_yaml(folder / "sweep.yaml")
     sweep = Sweep(validate(SweepConfig, written), written)
     config = sweep.config
     rows = [_trial(folder, arm.label, n) for arm in config.arms for n in range(config.trials)]
-    spend = [found for row in rows for cell in row["cells"] if (found := _spend(folder / cell["dir"], row, cell))]
+    spend = [
+        found for row in rows for cell in row["cells"] if (found := _spend(inside(folder, cell["dir"]), row, cell))
+    ]
     final, scores = folder / "final", None
     if any(final.glob("cells/*/result.json")):
         scores = Scores(load_study(final))
@@ -162,6 +168,18 @@ def _spend(cell: Path, row: dict[str, Any], planned: dict[str, Any]) -> dict[str
     spent = {name: sum(entry[name] for entry in trained) for name in CURRENCIES}
     evaluated = sum(entry["tokens_generated"] for entry in ledger if entry["event"] == "evaluation")
     return head | spent | {"device_seconds": np.nan, "evaluation_tokens": evaluated}
+
+
+def trial_rows(record: SweepRecord) -> pd.DataFrame:
+    """Every whole trial: arm, trial, value (mean over seeds of the first objective), ``param/<name>`` a parameter."""
+    goal = record.config.objective[0]
+    rows = [
+        {"arm": row["arm"], "trial": row["number"], "value": float(np.mean([score[goal] for score in row["scores"]]))}
+        | {f"param/{name}": value for name, value in row["point"].items()}
+        for label in record.labels
+        for row in record.of(label, DONE).to_dict("records")
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["arm", "trial", "value"])
 
 
 def states(record: SweepRecord, label: str) -> str:

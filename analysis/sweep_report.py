@@ -6,28 +6,38 @@ from pathlib import Path
 
 from analysis.figures import Drawn
 from analysis.formatting import counted, currency_name, exact
-from analysis.sweep_data import SweepRecord, load_sweep
+from analysis.provenance import made_by
+from analysis.results import read_json
+from analysis.sweep_data import TRIALS, SweepRecord, load_sweep, trial_rows
 from analysis.sweep_figures import write_sweep_figures
 from analysis.sweep_tables import finalists_table, settings_table, tuned_table, tuning_table
-from analysis.tables import Table
+from analysis.tables import Table, no_html
 from benchmark.jsonl import atomic_write_text
+from benchmark.seal import write_manifest
 from benchmark.sweep_trial import DONE
 
 
-def write_sweep_report(folder: Path) -> Path:
-    """Write ``REPORT.md``, ``tables/`` and ``figures/`` of a sweep from its files.
+def write_sweep_report(folder: Path, out: Path | None = None) -> Path:
+    """Write ``REPORT.md``, ``tables/`` and ``figures/`` of a sweep from its files, and ``manifest.json`` last.
+
+    Args:
+        out: another folder for the report, which gets no manifest; `folder` then stays as it is.
 
     Raises:
         InputError: the folder holds no sweep, or a record is damaged.
     """
     record = load_sweep(folder)
     tables = {table.name: table for table in _tables(record)}
-    (folder / "tables").mkdir(exist_ok=True)
+    place = out or folder
+    (place / "tables").mkdir(exist_ok=True)
     for table in tables.values():
-        table.write(folder / "tables")
-    figures = {drawn.name: drawn for drawn in write_sweep_figures(record, folder / "figures")}
-    path = folder / "REPORT.md"
+        table.write(place / "tables")
+    atomic_write_text(place / "tables" / TRIALS, trial_rows(record).to_csv(index=False))
+    figures = {drawn.name: drawn for drawn in write_sweep_figures(record, place / "figures")}
+    path = place / "REPORT.md"
     atomic_write_text(path, _compose(record, tables, figures))
+    if out is None:
+        write_manifest(folder, made_by())
     return path
 
 
@@ -53,7 +63,7 @@ def _compose(record: SweepRecord, tables: dict[str, Table], figures: dict[str, D
         "How to reproduce": _reproduce(record),
     }
     body = "".join(f"## {title}\n\n{text.strip()}\n\n" for title, text in sections.items() if text.strip())
-    return f"# {record.config.sweep}\n\n{_opening(record)}\n\n{body.rstrip()}\n"
+    return no_html(f"# {record.config.sweep}\n\n{_opening(record)}\n\n{body.rstrip()}\n")
 
 
 def _opening(record: SweepRecord) -> str:
@@ -75,6 +85,9 @@ def _problems(record: SweepRecord) -> str:
         name = f"{row['arm']}-t{row['number']:03d}"
         why = f" ({row['message']}; log: `trials/{name}/run.log`)" if row["message"] else ""
         lines.append(f"Trial {name} {'failed' if row['state'] == 'failed' else 'has not run'}{why}.")
+    if (record.trials["state"] == "failed").any():
+        again = (read_json(record.folder / "plan.json") or {}).get("command") or "the command of this sweep"
+        lines.append(f"What failed is run again by: `{again}`")
     whole = {label: len(record.of(label)) - len(record.of(label, "failed", "missing")) for label in record.labels}
     if len(set(whole.values())) > 1:
         lines.append("The arms were not tuned alike: a trial is missing. The same command runs it.")
@@ -102,10 +115,10 @@ def _best(record: SweepRecord) -> str:
 
 
 def _reproduce(record: SweepRecord) -> str:
-    command = "rolloutbench sweep <this folder>/sweep.yaml --out <this folder>"
+    command = "rolloutbench sweep DIR/sweep.yaml --out DIR"
     return (
-        f"```\n{command}\n```\n\nOnly what is missing runs. `rolloutbench report` with this folder makes the report "
-        "again; `optuna-dashboard <this folder>/journal.log` shows the trials."
+        f"```\n{command}\n```\n\nDIR is this folder; only what is missing runs. `rolloutbench report DIR` makes the "
+        "report again; `optuna-dashboard DIR/journal.log` shows the trials."
     )
 
 

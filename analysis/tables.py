@@ -157,7 +157,7 @@ class Table:
         """Write ``<folder>/<name>.{md,csv,tex}``."""
         notes = "".join(f"\n{note}\n" for note in self.notes)
         contents = {
-            "md": f"**{self.title}**\n\n{self.markdown()}{notes}",
+            "md": no_html(f"**{self.title}**\n\n{self.markdown()}{notes}"),
             "csv": self.csv(),
             "tex": self.latex(),
         }
@@ -181,6 +181,11 @@ def _latex_groups(columns: Sequence[Column]) -> list[str]:
         rules += [rf"\cmidrule(lr){{{start}-{end}}}"] if group else []
         start = end + 1
     return [_latex_row(cells), " ".join(rules)]
+
+
+def no_html(markdown: str) -> str:
+    """Markdown in which no angle bracket opens an element, whoever chose the names and texts in it."""
+    return re.sub(r"(?<!\\)<", r"\\<", markdown)
 
 
 def latex_text(text: str) -> str:

@@ -14,12 +14,14 @@ import pandas as pd
 from analysis.figures import Drawn
 from analysis.figures_variance import write_variance_figures
 from analysis.formatting import counted, points
+from analysis.provenance import made_by
 from analysis.table_variance import coordinates_table, lookup, proxy_table, ratio_table, training_table
 from analysis.tables import Table
 from analysis.variance_allocators import LABELS, RULES
 from analysis.variance_pool import Statistics
 from analysis.variance_replay import allocation_rows, prompt_rows, proxy, replay
 from benchmark.jsonl import atomic_write_text
+from benchmark.seal import write_manifest
 
 if TYPE_CHECKING:
     from analysis.variance_study import Point, VarianceConfig
@@ -46,7 +48,7 @@ class Frames:
 
 
 def write_variance_report(config: VarianceConfig, where: Sequence[Point], out: Path) -> Path:
-    """Replay every allocator on the pools, write tables, figures and ``REPORT.md`` into `out`."""
+    """Replay every allocator on the pools, write tables, figures, ``REPORT.md`` and ``manifest.json`` into `out`."""
     budget = _shown_budget(config, where[0].config.rollout.rollouts_per_prompt)
     frames = collect(where, config.budgets, budget)
     first = where[0].label
@@ -62,6 +64,7 @@ def write_variance_report(config: VarianceConfig, where: Sequence[Point], out: P
     drawn = write_variance_figures(frames.ratios, frames.prompts, frames.allocations, budget, out / "figures")
     path = out / "REPORT.md"
     atomic_write_text(path, _compose(config, where, frames, budget, tables, drawn))
+    write_manifest(out, made_by())
     return path
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmark import streams
+from benchmark import ranks, streams
 from benchmark.config_model import BackendConfig
 from benchmark.decode import generate
 from benchmark.numerics import check_sampled
 from benchmark.policy import Policy
-from benchmark.rollouts import Rollouts
+from benchmark.rollouts import Rollouts, concatenate
 from benchmark.scoring import TokenStatistics, states, vocabulary_statistics
 from benchmark.transformer import Weights
 
@@ -47,6 +47,18 @@ class Request:
     lanes: NDArray[np.int64]
     max_tokens: int
     temperature: float
+
+    def part(self, first: int, last: int) -> Request:
+        """What it asks for the prompts `first` to `last`."""
+        ends = np.concatenate([[0], np.cumsum(self.counts)])
+        rows, prompts = slice(ends[first], ends[last]), slice(first, last)
+        return replace(
+            self,
+            prompts=self.prompts[prompts],
+            counts=self.counts[prompts],
+            keys=self.keys[rows],
+            lanes=self.lanes[rows],
+        )
 
     def uniforms(self, device: torch.device) -> Tensor:
         """(R, max_tokens) float32 in [0, 1), one draw per token of each rollout."""
@@ -84,13 +96,23 @@ class Backend(ABC):
             NumericalError: a log-probability is not finite or above 0.
         """
         start = time.perf_counter()
-        rollouts = self._generate(request)
+        rollouts = self._generate(request) if ranks.size() == 1 else self._divide(request)
         check_sampled(rollouts)
         self.usage.requests += 1
         self.usage.prompt_tokens += len(rollouts.prompt_tokens)
         self.usage.tokens_generated += len(rollouts.tokens)
         self.usage.seconds += time.perf_counter() - start
         return rollouts
+
+    def _divide(self, request: Request) -> Rollouts:
+        """Each process samples for some of the prompts, with about equally many rollouts; all get all."""
+        ends, parts = np.cumsum(request.counts), ranks.size()
+        edges = np.searchsorted(ends, ends[-1] * np.arange(1, parts) // parts, side="right")
+        first, last = [0, *edges.tolist(), len(ends)][ranks.rank() : ranks.rank() + 2]
+        mine, device = request.part(first, last), request.prompts[0].device
+        own = self._generate(mine) if mine.counts.sum() else Rollouts.none(mine.prompts)
+        found = ranks.gather(own.to(torch.device("cpu")))
+        return concatenate(found).to(device)
 
     @abstractmethod
     def load_weights(self) -> None:
@@ -109,8 +131,11 @@ class Backend(ABC):
         return vocabulary_statistics(hidden, head, batch.tokens, temperature=temperature)
 
     @abstractmethod
-    def split(self, batch: Rollouts) -> list[Piece]:
-        """Consecutive pieces of at most ``config.tokens_per_pass`` tokens each, or of one unit that cannot be cut."""
+    def split(self, batch: Rollouts, parts: int = 1) -> list[Piece]:
+        """Consecutive pieces of at most ``config.tokens_per_pass`` tokens each, or of one unit that cannot be cut.
+
+        Pieces are also no larger than a part if `parts` shared the batch equally.
+        """
 
     def rest(self) -> None:  # noqa: B027 (most share the policy's memory)
         """No more samples until the next `load_weights`: give memory to the update."""
@@ -150,13 +175,17 @@ class NativeBackend(Backend):
         weights = self.policy.fused()
         return states(weights, batch), weights.head
 
-    def split(self, batch: Rollouts) -> list[Piece]:
+    def split(self, batch: Rollouts, parts: int = 1) -> list[Piece]:
         """See `Backend.split`."""
-        return by_prompts(batch, self.config.tokens_per_pass)
+        return by_prompts(batch, self.config.tokens_per_pass, parts)
 
 
-def by_prompts(batch: Rollouts, limit: int) -> list[Piece]:
-    """Cut `batch` between prompts so that each piece holds at most `limit` tokens, or one prompt."""
+def by_prompts(batch: Rollouts, limit: int, parts: int = 1) -> list[Piece]:
+    """Cut `batch` between prompts so that each piece holds at most `limit` tokens, or one prompt.
+
+    Nor does a piece hold more than one of `parts` equal shares.
+    """
+    limit = min(limit, -(-(len(batch.tokens) + len(batch.prompt_tokens)) // parts))
     if len(batch.tokens) + len(batch.prompt_tokens) <= limit:
         return [(batch, 0, len(batch.tokens))]
     per_prompt = torch.zeros(batch.prompts, dtype=torch.int64).index_add_(0, batch.prompt.cpu(), batch.length.cpu())
@@ -175,12 +204,13 @@ def by_prompts(batch: Rollouts, limit: int) -> list[Piece]:
     return [*pieces, (rows, begin, begin + len(rows.tokens))]
 
 
-def by_rollouts(batch: Rollouts, limit: int) -> list[Piece]:
+def by_rollouts(batch: Rollouts, limit: int, parts: int = 1) -> list[Piece]:
     """Cut `batch` between rollouts so that each piece holds at most `limit` tokens, prompts included, or one rollout.
 
-    Every rollout of a piece has its own copy of its prompt.
+    Every rollout of a piece has its own copy of its prompt. No piece holds more than one of `parts` equal shares.
     """
     cost = (batch.prompt_length[batch.prompt] + batch.length).tolist()
+    limit = min(limit, -(-sum(cost) // parts))
     lengths = batch.length.tolist()
     pieces: list[Piece] = []
     first = begin = load = end = 0

@@ -129,9 +129,9 @@ class TransformersBackend(Backend):
             hidden = hidden[flat + torch.arange(len(batch.tokens), device=flat.device)]
         return hidden, self.head.weight.to(hidden.dtype)
 
-    def split(self, batch: Rollouts) -> list[Piece]:
+    def split(self, batch: Rollouts, parts: int = 1) -> list[Piece]:
         """See `Backend.split`."""
-        return by_rollouts(batch, self.config.tokens_per_pass)
+        return by_rollouts(batch, self.config.tokens_per_pass, parts)
 
     def _states(self, batch: Rollouts, rows: Tensor) -> Tensor:
         """Hidden states that predict the generated tokens of `rows`, one row after the other, (tokens, d)."""

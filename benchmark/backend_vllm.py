@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmark import streams
+from benchmark import ranks, streams
 from benchmark.backend import Request
 from benchmark.backend_transformers import TransformersBackend
 from benchmark.config_model import BackendConfig, VLLMConfig
@@ -69,15 +69,21 @@ class VLLMBackend(TransformersBackend):
 
     def __init__(self, policy: Policy, config: BackendConfig, model: str) -> None:
         super().__init__(policy, config)
+        if ranks.size() > 1 and config.vllm.url is None:
+            what = "one run in several processes samples from a server, not from an engine in each"
+            remedy = "Start python -m benchmark.vllm_server MODEL, and give its address"
+            raise InputError(what, key="backend.vllm.url", value=None, remedy=remedy)
         self.exact = False
         self._folder = TemporaryDirectory(prefix="weights-", dir=config.vllm.exchange or _memory())
         self.engine = _Server(config.vllm) if config.vllm.url else _Colocated(model, config)
 
     def load_weights(self) -> None:
         """See `Backend.load_weights`."""
-        file = Path(self._folder.name) / "policy.safetensors"
-        save_file(merged(self.policy.model, getattr(torch, self.config.dtype)), file)
-        self.engine.load(file)
+        if ranks.rank() == 0:
+            file = Path(self._folder.name) / "policy.safetensors"
+            save_file(merged(self.policy.model, getattr(torch, self.config.dtype)), file)
+            self.engine.load(file)
+        ranks.agree(None)  # the others wait for it
 
     def rest(self) -> None:
         """See `Backend.rest`."""

@@ -36,6 +36,7 @@ from benchmark.errors import InputError, RunError, storing
 from benchmark.jsonl import atomic_write_json
 from benchmark.layers import read_yaml, validate
 from benchmark.machine import machine
+from benchmark.seal import sealed
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
@@ -210,7 +211,7 @@ def _claim(leases: Path, stale_after: float, heartbeat: float) -> Lease | None:
         return None
     me = {"machine": machine(), "host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(me, file)
+        json.dump(sealed(me), file)
     return Lease(path, heartbeat)
 
 

@@ -1,4 +1,4 @@
-"""The `rolloutbench` command. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted."""
+"""The `rolloutbench` command. Exit codes: 0 done, 1 failed or not in agreement, 2 bad input, 130 interrupted."""
 
 # ruff: noqa: D301 (typer takes a backspace in a docstring as "keep these lines")
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from benchmark.cli_audit import audit
 from benchmark.cli_author import check, complete_method, new_method
 from benchmark.cli_compare import compare
 from benchmark.cli_dashboard import dashboard
@@ -22,9 +24,10 @@ from benchmark.cli_doctor import doctor
 from benchmark.cli_figures import figures
 from benchmark.cli_replay import replay
 from benchmark.cli_replay_batch import replay_batch
-from benchmark.cli_sweep import sweep
+from benchmark.cli_sweep import sweep, typed
 from benchmark.cli_variance import variance
-from benchmark.errors import REMEDIES, InputError, RunError, storage_error
+from benchmark.errors import NO_NAME, REMEDIES, InputError, RunError, storage_error
+from benchmark.opening import check_folder, check_plan, printable
 
 if TYPE_CHECKING:
     from benchmark.compose import Plan
@@ -41,15 +44,18 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(printable(f"error: {error}"), err=True)
             raise typer.Exit(BAD_INPUT) from None
         except RunError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(printable(f"error: {error}"), err=True)
             raise typer.Exit(FAILED) from None
         except OSError as error:
+            if error.errno in NO_NAME:
+                typer.echo(printable(f"error: {error.filename}: {error.strerror}. Choose another name"), err=True)
+                raise typer.Exit(BAD_INPUT) from None
             if error.errno not in REMEDIES:
                 raise
-            typer.echo(f"error: {storage_error(error)}", err=True)
+            typer.echo(printable(f"error: {storage_error(error)}"), err=True)
             raise typer.Exit(FAILED) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
@@ -105,7 +111,8 @@ def run(
     asked = [*_budget(budget), *(options or [])]
     planned = compose_run(method, scale=scale, task=task, seed=seed, options=asked, file=config)
     _finish(run_single(planned, out), out)
-    typer.echo(f"done: {out}")
+    if os.environ.get("RANK", "0") == "0":  # the first of the processes that a launcher started
+        typer.echo(f"done: {out}")
 
 
 @app.command()
@@ -117,7 +124,14 @@ def study(
     budget: Budget = None,
     options: Set = None,
     out: Annotated[Path | None, typer.Option(help="Results folder; results/<study> by default.")] = None,
+    reuse: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Another study's results; its runs are copied where equal.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Workers on a Ray cluster: auto, an address, or local.")
+    ] = None,
+    gpus: Annotated[float, typer.Option("--gpus-per-worker", min=0, help="Of a worker on a Ray cluster.")] = 0.0,
     tracking_uri: Tracking = STORE,
     mlflow: Annotated[bool, typer.Option(help="Mirror the results to MLflow.")] = True,
 ) -> None:
@@ -130,9 +144,12 @@ def study(
       rolloutbench study main_table
       rolloutbench study configs/studies/main_table.yaml --scale smoke --dry-run
       rolloutbench study main_table --seeds 16 --workers 8 --out results/sixteen_seeds
+      rolloutbench study ablation --reuse results/main_table
+      rolloutbench study main_table --scale paper-1.5b --ray auto --gpus-per-worker 1
     """
     from benchmark.compose import compose_study
     from benchmark.study import run_study
+    from benchmark.workers import Pool
 
     _one_thread()
     plan = compose_study(file, scale=scale, seeds=seeds, options=[*_budget(budget), *(options or [])])
@@ -140,7 +157,15 @@ def study(
     if dry_run:
         _show_plan(plan, folder, workers)
         return
-    _finish(run_study(plan, folder, workers=workers, tracking_uri=tracking_uri if mlflow else None), folder)
+    pool: Any = Pool
+    if ray is not None:
+        from benchmark.ray_workers import RayPool, connect
+
+        held = connect(ray, gpus)
+        workers, pool = workers or held, partial(RayPool, gpus=gpus)
+    uri, command, studies = tracking_uri if mlflow else None, typed(), reuse or ()
+    given: dict[str, Any] = {"tracking_uri": uri, "pool": pool, "reuse": studies, "command": command}
+    _finish(run_study(plan, folder, workers=workers, **given), folder)
     typer.echo(f"done: {folder / 'REPORT.md'}")
 
 
@@ -170,7 +195,8 @@ def methods(
         table.add_column(heading, no_wrap=heading in ("name", "reference"))
     for row in rows:
         table.add_row(row["name"], row["family"], row["kind"], ", ".join(row["changes"]), row["reference"])
-    Console().print(table)
+    # Whole words for a file or a pipe, which have no width.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 app.command()(replay)
@@ -183,6 +209,7 @@ app.command()(doctor)
 app.command()(compare)
 app.command()(dashboard)
 app.command()(sweep)
+app.command()(audit)
 
 
 @app.command()
@@ -306,7 +333,8 @@ def _plan_in(folder: Path) -> dict[str, Any]:
     plan = read_json(folder / "plan.json")
     if plan is None:
         raise InputError("no plan.json there", file=folder, remedy="Give the results folder of a study")
-    return plan
+    check_folder(folder)
+    return check_plan(folder, plan)
 
 
 def _finish(outcome: Outcome, folder: Path) -> None:
@@ -314,10 +342,10 @@ def _finish(outcome: Outcome, folder: Path) -> None:
     for cell, why in outcome.failed.items():
         typer.echo(f"failed: {cell}: {why} (see {folder / 'cells' / cell / 'run.log'})", err=True)
     if outcome.interrupted:
-        typer.echo(f"interrupted: {outcome.done}/{outcome.total} done; the same command continues", err=True)
+        typer.echo(f"interrupted: {outcome.done}/{outcome.total} done; goes on with: {typed()}", err=True)
         raise typer.Exit(INTERRUPTED)
     if outcome.failed:
-        typer.echo("the same command retries what failed", err=True)
+        typer.echo(f"what failed is run again by: {typed()}", err=True)
         raise typer.Exit(FAILED)
 
 
@@ -361,3 +389,7 @@ def _show_plan(plan: Plan, folder: Path, workers: int | None) -> None:
         f"smallest detectable difference in pass@1: {smallest:.1f} points with {seeds} "
         f"(80 % power; paired sd {100 * (sd or ASSUMED_SD):.1f} points, {source})"
     )
+
+
+if __name__ == "__main__":  # `accelerate launch -m benchmark.cli run ...`
+    main()

@@ -65,7 +65,7 @@ def check(
 
 def new_method(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the arm: letters, digits, underscores.")],
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the package; NAME by default.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Its folder; rolloutbench-NAME by default.")] = None,
 ) -> None:
     """Write a package with a method of your own: it installs, passes its tests and trains as it is.
 
@@ -76,7 +76,8 @@ def new_method(
     """
     from benchmark.new_method import write_package
 
-    folder = out or Path(name)
+    # Not NAME: in the working directory, a folder of that name would hide the installed module.
+    folder = out or Path(f"rolloutbench-{name.replace('_', '-')}")
     written = write_package(name, folder)
     for path in written:
         typer.echo(path)
@@ -116,4 +117,5 @@ def _show(findings: list[Finding]) -> None:
         word = Text("holds", "green") if finding.holds else Text("BROKEN", "bold red")
         found = finding.demand if finding.holds else f"{finding.demand}\n{finding.reason}"
         table.add_row(finding.check, word, Text(found))
-    Console().print(table)
+    # Whole words for a file or a pipe, which have no width.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

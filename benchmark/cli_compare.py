@@ -33,8 +33,9 @@ def compare(
         raise InputError("no study there", file=results, remedy=remedy)
     from analysis.compare import compare as compare_arms
     from benchmark.jsonl import atomic_write_json
+    from benchmark.opening import printable
 
     found = compare_arms(results, arm, other, metric)
     if json is not None:
         atomic_write_json(json, found.record())
-    typer.echo(found.sentence())
+    typer.echo(printable(found.sentence()))

@@ -39,7 +39,7 @@ def figures(
     from analysis.notebook_runner import RESULTS, execute, execute_all
     from benchmark.registry import suggest
 
-    given: dict[str, Any] = {} if notebook == "sweep" else {"source": source, "tracking_uri": tracking_uri}
+    given: dict[str, Any] = {"source": source, "tracking_uri": tracking_uri}
     for option in options or []:
         key, separator, value = option.partition("=")
         if not separator:

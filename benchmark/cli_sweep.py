@@ -58,18 +58,25 @@ def sweep(
         return
     try:
         uri = tracking_uri if mlflow else None
-        outcome = run_sweep(asked, folder, workers=workers, url=storage, tracking_uri=uri)
+        outcome = run_sweep(asked, folder, workers=workers, url=storage, tracking_uri=uri, command=typed())
     except WorkersFailedError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(FAILED) from None
     _finish(outcome, folder)
 
 
+def typed() -> str:
+    """The command as it was typed, without the user names and passwords of its URLs: it goes on where it stopped."""
+    from benchmark.mirror_store import redact
+
+    return shlex.join(["rolloutbench", *map(redact, sys.argv[1:])])
+
+
 def _finish(outcome: SweepOutcome, folder: Path) -> None:
     """Exit with what the outcome means, naming failures, their logs and the command that goes on."""
-    again = f"rolloutbench {shlex.join(sys.argv[1:])}"
+    again = typed()
     for name, why in outcome.trials.failed.items():
-        typer.echo(f"failed: {name}: {why} (see {folder / 'trials' / name / 'run.log'} and its runs' logs)", err=True)
+        typer.echo(f"failed: {name}: {why} (see {folder / 'trials' / name / 'run.log'})", err=True)
     for name, why in (outcome.final.failed if outcome.final else {}).items():
         typer.echo(f"failed: {name}: {why} (see {folder / 'final' / 'cells' / name / 'run.log'})", err=True)
     if outcome.trials.interrupted or (outcome.final is not None and outcome.final.interrupted):

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmark import streams
+from benchmark import ranks, streams
 from benchmark.backend import Backend, Request
 from benchmark.clock import Clock
 from benchmark.config import RolloutConfig
@@ -111,7 +111,8 @@ class Collector:
     def _draw(self, step: int, prompts_left: int) -> Draw:
         seen, prompts, passed, admitted = self._choose(step, prompts_left)
         budget = admitted.rollouts * len(prompts) // admitted.prompts
-        counts = self._allocate(seen, budget, step)
+        # A GPU's rounding, in what a probe measured, must not let processes of one run decide differently.
+        seen, counts = ranks.agree((seen, self._allocate(seen, budget, step)))
         rollouts, verdicts = self._sample("rollout", step, prompts, counts, admitted.max_tokens)
         draw = Draw(prompts, counts, rollouts, verdicts, seen, admitted.cut)
         if not admitted.cut:
@@ -143,7 +144,7 @@ class Collector:
             seen = self.history.view(window)
             if probing and probing.candidates:
                 seen = self._probe(step, probing, window, seen)
-            chosen, passed = self._select(seen, admitted.prompts, step)
+            chosen, passed = ranks.agree(self._select(seen, admitted.prompts, step))
             if len(chosen):
                 break
             self.place, looked = self.place + passed, looked + passed
@@ -169,7 +170,7 @@ class Collector:
     def _extend(self, draw: Draw, done: int) -> NDArray[np.int64]:
         """What every prompt of the draw gets in the next round, as far as the budget holds it."""
         groups = self.groups(draw.rollouts, draw.verdicts, draw.history)
-        extra = np.asarray(self.method.extend(groups, done))
+        extra = ranks.agree(np.asarray(self.method.extend(groups, done)))
         if extra.shape != (len(draw.prompts),) or extra.dtype != np.int64 or extra.min() < 0:
             raise MethodError(
                 f"{type(self.method).__name__}.extend returned {extra.dtype} {extra.shape}; it must return "
@@ -293,7 +294,7 @@ class Collector:
         with self.clock.phase(phases[1]):
             texts = self.policy.decode(rollouts.texts())
             golds = [self.pool.items[prompts[p]].answer for p in rollouts.prompt.tolist()]
-            verdicts = self.verifier.verify_rollouts(golds, texts, rollouts.finished.tolist())
+            verdicts = ranks.divided(self.verifier.verify_rollouts, golds, texts, rollouts.finished.tolist())
         if self.flip_rate and "oracle" not in phases:
             noise = self.pool.stream_keys(f"{purpose} verdict", step, epoch, prompts)
             flips = streams.uniforms(np.repeat(noise, counts), lanes, 1)[:, 0] < self.flip_rate

@@ -48,9 +48,9 @@ def find(kind: Literal["studies", "scales", "tasks", "sweeps"], name: str) -> Pa
     """
     if name.endswith((".yaml", ".yml")):
         shipped = config_folder() / name.removeprefix("configs/")
-        return Path(name) if Path(name).exists() or not shipped.exists() else shipped
+        return Path(name) if _is_file(Path(name)) or not _is_file(shipped) else shipped
     path = config_folder() / kind / f"{name}.yaml"
-    if not path.is_file():
+    if not _is_file(path):
         known = (file.stem for file in path.parent.glob("*.yaml"))
         what = f"no file of this name in configs/{kind}"
         raise InputError(what, key=KINDS[kind], value=name, remedy=did_you_mean(name, known))
@@ -185,6 +185,13 @@ def scale_pricing(scale: str) -> PricingConfig | None:
     written = read_yaml(find("scales", scale))
     section = written.values.get(PRICING)
     return None if section is None else validate(PricingConfig, written.moved(PRICING, "", section))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for any file, for instance
+        return False
 
 
 def _stem(name: str) -> str:

@@ -7,6 +7,7 @@ Values come from ``configs/`` through `benchmark.compose`, which makes one line 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -249,6 +250,11 @@ class MethodConfig(Model):
     params: dict[str, Any] = Field(default_factory=dict)
 
 
+def identity(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a run's configuration without the name of its study."""
+    return digest({key: value for key, value in config.items() if key != "study"})
+
+
 class RunConfig(Model):
     """Everything that decides the result of one run (one arm, one seed)."""
 
@@ -270,13 +276,13 @@ class RunConfig(Model):
 
     @property
     def run_hash(self) -> str:
-        """Identity of the run."""
-        return digest(self)
+        """Identity of the run: the study's name left out, since it decides nothing."""
+        return identity(self.model_dump(mode="json"))
 
     @property
     def plan_hash(self) -> str:
-        """Identity of the arm: the seed left out."""
-        return digest(self.model_dump(mode="json", exclude={"seed"}))
+        """Identity of the arm: the seed left out too."""
+        return identity(self.model_dump(mode="json", exclude={"seed"}))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -241,7 +241,9 @@ def _scales() -> Iterator[Finding]:
         data = [task.train_file, *task.eval_files.values()] if task.train_file else []
         absent = [part for part in data if not local_file(part).exists()]
         if absent:
-            remedy = f"Put the files there, or set {DATA} to their folder"
+            remedy = f"Set {DATA} to the folder that has them, or put them into the working directory"
+            if all(part in task.hub for part in absent):
+                remedy += "; where the hub can be reached, the first run downloads them"
             yield Finding(name, "note", f"no {', '.join(absent)}", remedy)
         elif path is not None:
             there = source_file(path).exists() or _cached(path)

@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 
-from benchmark import streams
+from benchmark import ranks, streams
 from benchmark.collect import Collector
 from benchmark.draws import Batch, Draw
 from benchmark.errors import InputError
@@ -60,6 +60,11 @@ class TRL:
         for key, value in (("rollout.staleness", updater.past.steps), ("verifier.flip_rate", collector.flip_rate)):
             if value:
                 raise InputError("TRL's trainer does not know it", key=key, value=value, remedy="Leave TRL's arms out")
+        if ranks.size() > 1:
+            what = "TRL's trainer divides a batch among processes in its own way, off the harness's account"
+            raise InputError(
+                what, key="method.name", value=type(collector.method).__name__, remedy="Run it in one process"
+            )
         self.collector, self.updater = collector, updater
         self.method = cast(TRLMethod, collector.method)
         self._trainers: dict[int, Any] = {}

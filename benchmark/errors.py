@@ -26,7 +26,7 @@ class InputError(ValueError):
     ) -> None:
         place = "" if file is None else f"{file}" + ("" if line is None else f":{line}") + ": "
         at = "" if key is None else f"{key}" + ("" if value is None else f" = {value!r}") + ": "
-        super().__init__(f"{place}{at}{what}. {remedy}")
+        super().__init__(" ".join(f"{place}{at}{what}. {remedy}".splitlines()))
         self.file, self.line, self.key, self.value, self.remedy = file, line, key, value, remedy
 
 
@@ -38,6 +38,8 @@ class MethodError(RuntimeError):
     """A method returned something that its decision must not return."""
 
 
+NO_NAME = (errno.ENAMETOOLONG, errno.EILSEQ)
+"""Numbers of the system's errors that blame the name that the user gave."""
 _ROOM = "Free some space; the same command then goes on from the last checkpoint"
 _ACCESS = "Make it writable, or choose another folder"
 REMEDIES = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmark import ranks
 from benchmark.backend import Backend, Request
 from benchmark.draws import Pool
 from benchmark.rollouts import Rollouts
@@ -53,7 +54,7 @@ class Evaluator:
             rollouts = self.backend.generate(Request(prompts, counts, keys, lanes, self.max_tokens, self.temperature))
             golds = [self.pool.items[i].answer for i in items for _ in range(samples)]
             texts = self.backend.policy.decode(rollouts.texts())
-            verdicts = self.verifier.verify_rollouts(golds, texts, rollouts.finished.tolist())
+            verdicts = ranks.divided(self.verifier.verify_rollouts, golds, texts, rollouts.finished.tolist())
             if watch is not None:
                 watch(items, rollouts, verdicts)
             lengths = rollouts.length.view(len(items), samples).sum(1).tolist()

@@ -7,6 +7,7 @@ temporary file, an fsync and a rename, so a reader sees the old content or the n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,16 @@ class Record:
         """
         lines = [(dumps(row) + "\n").encode() for row in rows]
         with storing(self.path):
-            if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                self._end = weakref.finalize(self, os.close, self._descriptor)
+            descriptor = self.open(self.path, os.O_CREAT) if self._descriptor is None else self._descriptor
             for line in lines:
-                _write_all(self._descriptor, line)
+                _write_all(descriptor, line)
         self.check()
+
+    def open(self, path: Path, flags: int = 0) -> int:
+        """Append to the file at `path` from now on, which is to be this record's; returns its descriptor."""
+        self._descriptor = descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | flags, 0o644)
+        self._end = weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
     def check(self) -> None:
         """Raise `StorageError` if the file at the path is not the one that this record has written to."""
@@ -111,17 +116,36 @@ def fingerprint(path: Path, size: int | None = None) -> tuple[int, str]:
     return len(data), hashlib.sha256(data).hexdigest()
 
 
-def restart(path: Path, size: int) -> None:
+def restart(path: Path, size: int, done: Path | None = None) -> Record:
     """Begin a new file at `path` with the first `size` bytes of the old one; processes that had it open keep the old.
 
+    Returns:
+        The record, with the new file already open: whoever sleeps from here on and is taken over writes into a file
+        that nobody reads, and notices. Who was taken over before leaves the other's file alone.
+
+    Args:
+        done: a file whose presence means that the work is finished.
+
     Raises:
-        StorageError: it cannot be written.
+        StorageError: it cannot be written, is another process's by now, or the work is finished.
     """
-    with storing(path):
-        if size:
-            _replace(path, path.read_bytes()[:size])
+    record = Record(path)
+    with storing(path), contextlib.ExitStack() as stack:
+        old = stack.enter_context(path.open("rb")) if path.exists() else None
+
+        def ours() -> None:
+            there = path.stat() if path.exists() else None
+            known = None if old is None else os.fstat(old.fileno())
+            same = there is None if known is None else there is not None and os.path.samestat(known, there)
+            if not same or (done is not None and done.exists()):
+                raise StorageError(path, "taken over by another process meanwhile")
+
+        ours()
+        if old is None:
+            record.open(path, os.O_CREAT | os.O_EXCL)
         else:
-            path.unlink(missing_ok=True)
+            _replace(path, old.read(size), ours, record.open)
+    return record
 
 
 def read_rows(path: Path, offset: int = 0) -> tuple[list[Row], int]:
@@ -150,7 +174,7 @@ def rows_with_offsets(path: Path, offset: int = 0) -> list[tuple[Row, int]]:
         end += len(line) + 1
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise InputError(
@@ -188,7 +212,12 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         _replace(path, data)
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(
+    path: Path,
+    data: bytes,
+    allowed: Callable[[], None] = lambda: None,
+    take: Callable[[Path], object] = lambda _: None,
+) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_writer()}-", suffix=PARTIAL)
     temporary = Path(name)
     try:
@@ -197,6 +226,8 @@ def _replace(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
+        take(temporary)
+        allowed()
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

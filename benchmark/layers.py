@@ -195,8 +195,9 @@ for _tag, _pattern, _first in (
 
 
 def _parse(text: str, file: str | Path, origins: dict[str, Origin]) -> Any:
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         return None if node is None else _plain(loader, node, "", file, origins)
     except yaml.MarkedYAMLError as error:
@@ -205,8 +206,11 @@ def _parse(text: str, file: str | Path, origins: dict[str, Origin]) -> Any:
         raise InputError(error.problem or "not YAML", file=file, line=line, remedy=remedy) from None
     except yaml.YAMLError:
         raise InputError("not YAML text", file=file, remedy="Remove control characters") from None
+    except RecursionError:
+        raise InputError("nested too deeply", file=file, remedy="Write it flatter") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _plain(loader: _Loader, node: yaml.Node, path: str, file: str | Path, origins: dict[str, Origin]) -> Any:

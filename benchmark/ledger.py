@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmark.jsonl import Record
+from benchmark.jsonl import Record, dumps
 
 CURRENCIES = (
     "rollouts",
@@ -19,6 +21,11 @@ CURRENCIES = (
 FATES = ("trained", "filtered", "overflow", "failed", "probed")
 UNCHARGED_PHASES = ("evaluate", "oracle")
 """Phases of the clock whose seconds are no arm's device seconds, as their tokens are in no arm's budget."""
+
+
+def link(head: str, row: Mapping[str, Any]) -> str:
+    """The hash of `row` (without its own) behind a row with the hash `head`: SHA-256 of `head` and the row's bytes."""
+    return hashlib.sha256(f"{head}{dumps(row)}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -46,11 +53,13 @@ class Ledger:
 
     ``ledger.jsonl`` holds only countable currencies, so equal runs write equal bytes; measured seconds are in
     ``timings.jsonl``. Rollout rows carry a fate; drawn = trained + filtered + overflow + failed + probed.
+    Every row's ``hash`` covers the row and the hash before it (`link`), so no row changes, goes or comes unnoticed.
 
     Attributes:
         spent: what counts against the budget, by currency; includes probes.
         evaluated, oracle: accounts of their own for evaluation and for the rollouts of an uncharged probe.
         drawn: rollouts of `spent` by fate.
+        head: hash of the last row, empty before the first; None in a run begun by a version that had none.
         record: the file of the rows.
     """
 
@@ -60,6 +69,7 @@ class Ledger:
     evaluated: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CURRENCIES, 0))
     oracle: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CURRENCIES, 0))
     drawn: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
+    head: str | None = field(default="", kw_only=True)
     record: Record = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +81,8 @@ class Ledger:
         row |= {currency: amounts.pop(currency, 0) for currency in CURRENCIES}
         if amounts:
             raise KeyError(f"unknown currencies {sorted(amounts)}; known: {', '.join(CURRENCIES)}")
+        if self.head is not None:
+            self.head = row["hash"] = link(self.head, row)
         self.record.append([row])
         self.rows += 1
         account = {"evaluation": self.evaluated, "oracle": self.oracle}.get(event, self.spent)
@@ -81,13 +93,13 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """Totals for a checkpoint."""
-        return {"rows": self.rows} | {name: getattr(self, name) for name in ("spent", "evaluated", "oracle", "drawn")}
+        return {name: getattr(self, name) for name in ("rows", "spent", "evaluated", "oracle", "drawn", "head")}
 
     @classmethod
     def restore(cls, path: Path, state: dict[str, Any]) -> Ledger:
         """A ledger that goes on at `path` from the totals of `state`."""
         totals = (dict(state[name]) for name in ("spent", "evaluated", "oracle", "drawn"))
-        return cls(path, state["rows"], *totals)
+        return cls(path, state["rows"], *totals, head=state.get("head"))
 
 
 @dataclass(frozen=True)

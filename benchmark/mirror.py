@@ -30,6 +30,7 @@ from benchmark.jsonl import atomic_write_json
 from benchmark.mirror_points import at_equal_cost, fresh
 from benchmark.mirror_record import Cell, Cursor, Status, find_cells, flatten, read_json, unsent
 from benchmark.mirror_store import Store, redact
+from benchmark.seal import sealed
 
 STATE = "mlflow_state.json"
 LOCK = ".mlflow_state.lock"
@@ -217,7 +218,7 @@ class Mirror:
         return self._store
 
     def _save(self) -> None:
-        atomic_write_json(self._folder / STATE, asdict(self._state))
+        atomic_write_json(self._folder / STATE, sealed(asdict(self._state)))
 
     # -- following --------------------------------------------------------------------------------------
 

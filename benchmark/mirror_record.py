@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from benchmark.config import digest
+from benchmark.config import identity
+from benchmark.errors import InputError
 from benchmark.jsonl import Row, rows_with_offsets
 from benchmark.mirror_points import Point, clean, evaluation_points, metric_points, result_points, timing_points
+from benchmark.opening import inside, stored_config
 
 _MAX_VALUE = 6000
 _TAIL = 64
@@ -37,7 +37,7 @@ class Cell:
     def tags(self) -> dict[str, str]:
         """Identity of the cell."""
         seedless = {key: value for key, value in self.config.items() if key != "seed"}
-        hashes = {"run_hash": digest(self.config), "plan_hash": digest(seedless)}
+        hashes = {"run_hash": identity(self.config), "plan_hash": identity(seedless)}
         named = ("study", "arm", "scale", "seed")
         return hashes | {key: str(self.config[key]) for key in named if key in self.config}
 
@@ -67,7 +67,7 @@ def find_cells(study: Path) -> list[Cell]:
     """The cells of a results folder that have begun, in its plan's order; a single run is its own cell."""
     plan = read_json(study / "plan.json")
     if plan is not None:
-        folders = [study / str(cell["dir"]) for cell in plan["cells"]]
+        folders = [inside(study, cell["dir"]) for cell in plan["cells"]]
     elif (study / "config.yaml").exists():
         folders = [study]
     else:
@@ -78,7 +78,7 @@ def find_cells(study: Path) -> list[Cell]:
             continue
         config = _config(folder / "config.yaml", (folder / "config.yaml").stat().st_mtime_ns)
         # A single run's folder may be used again for another configuration: that is another cell.
-        name = folder.name if folder != study else f"{config['arm']}-s{config['seed']}-{digest(config)[:8]}"
+        name = folder.name if folder != study else f"{config['arm']}-s{config['seed']}-{identity(config)[:8]}"
         currency = (plan or {}).get("primary_currency") or config["budget"]["currency"]
         cells.append(Cell(name, folder, config, currency))
     return cells
@@ -87,15 +87,17 @@ def find_cells(study: Path) -> list[Cell]:
 @functools.lru_cache(maxsize=1024)
 def _config(path: Path, modified: int) -> dict[str, Any]:
     """A cell's configuration, parsed once: following 70 cells would spend its time on YAML."""
-    config: dict[str, Any] = yaml.safe_load(path.read_text())
-    return config
+    return stored_config(path)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file that is only ever replaced as a whole; ``None`` while there is none."""
     if not path.exists():
         return None
-    value = json.loads(path.read_text())
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise InputError("not JSON", file=path, remedy="Restore it, or run the cell again") from None
     return value if isinstance(value, dict) else None
 
 

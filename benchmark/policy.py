@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from benchmark import ranks
 from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig
 from benchmark.errors import StorageError, storing
 from benchmark.jsonl import PARTIAL, sync_folder
@@ -28,11 +29,12 @@ def prepare_machine(threads: int = 1) -> torch.device:
     full float32 precision: on CPU, lower ones select kernels that are built anew for every number of rows, and
     ragged batches have a new one each time. glibc keeps freed memory, since fresh pages cost more than small kernels.
     """
+    ranks.start()
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("highest")
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return ranks.device()
     with contextlib.suppress(OSError, AttributeError):  # not glibc: slower, not different
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -75,7 +77,10 @@ class Policy:
         model = load_model(path, device, backend, lora)
         if backend.name == "native":
             Shape.of(model.config)
-        return cls(model, AutoTokenizer.from_pretrained(path), template or TemplateConfig())
+        loaded = cls(model, AutoTokenizer.from_pretrained(path), template or TemplateConfig())
+        for value in loaded.parameters().values():  # fresh adapters are random
+            ranks.share(value.data, 0)
+        return loaded
 
     def save(self, path: Path) -> None:
         """Write model (safetensors) and tokenizer as a transformers folder, which is there whole or not at all.

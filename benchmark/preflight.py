@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmark import ranks
 from benchmark.backend import Backend
 from benchmark.checkpoint import KEPT
 from benchmark.config import RolloutConfig
@@ -37,7 +38,8 @@ def preflight(
     """
     longest = max((tokens for pool in pools for tokens in pool.tokens), key=len)
     _check_context(backend, len(longest), rollout.max_tokens)
-    _check_disk(backend, folder)
+    if ranks.rank() == 0:  # who writes
+        _check_disk(backend, folder)
     _check_memory(backend, optimiser, longest, rollout)
 
 

@@ -178,7 +178,7 @@ def _check_golds(path: Path, items: dict[int, Item], verifier: Verifier) -> None
 def _item(line: str, path: Path, number: int, family: str, seen: set[str]) -> Item:
     try:
         row: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"malformed JSON ({error})", file=path, line=number, remedy="Mend the line") from error
     for key in ("id", "problem", "answer"):
         value = row.get(key) if isinstance(row, dict) else None

@@ -63,7 +63,8 @@ def load(name: str) -> type[Method]:
         InputError: no such arm, or what the entry point names is not a Method.
     """
     if name not in _entries():
-        raise InputError("no such method", key="method", value=name, remedy=suggest(name, names()))
+        remedy = f"{suggest(name, names())}. An arm of your own is known once its package is installed"
+        raise InputError("no such method", key="method", value=name, remedy=remedy.replace("?.", "?"))
     try:
         found = _entries()[name].load()
     except (ImportError, AttributeError) as error:
@@ -71,7 +72,7 @@ def load(name: str) -> type[Method]:
             f"its entry point cannot be loaded ({error})",
             key="method",
             value=_entries()[name].value,
-            remedy="Install the package that provides it again",
+            remedy="Install its package again; a folder of that name in the working directory hides it",
         ) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise InputError(

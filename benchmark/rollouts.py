@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,17 @@ class Rollouts:
 
     def __len__(self) -> int:
         return len(self.length)
+
+    @classmethod
+    def none(cls, prompts: list[Tensor]) -> Rollouts:
+        """No rollout of the `prompts`."""
+        empty, length = torch.zeros(0, dtype=torch.int64), torch.tensor([len(p) for p in prompts], dtype=torch.int64)
+        read = torch.cat([empty, *(prompt.cpu() for prompt in prompts)])
+        return cls(read, length, empty, empty, empty, torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+
+    def to(self, device: torch.device) -> Rollouts:
+        """The same on `device`."""
+        return Rollouts(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def select_prompts(self, prompts: Tensor) -> Rollouts:
         """The groups of the given prompts (int64, distinct), renumbered 0.. in that order."""

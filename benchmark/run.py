@@ -7,14 +7,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from benchmark import backend, bundle, checkpoint, engine, machine, registry
+from benchmark import backend, bundle, checkpoint, engine, machine, ranks, registry
 from benchmark.clock import Clock
 from benchmark.collect import Collector
 from benchmark.config import RunConfig
@@ -31,12 +30,14 @@ from benchmark.jsonl import (
     read_rows,
     restart,
 )
-from benchmark.ledger import UNCHARGED_PHASES, Budget, Ledger, Prices
+from benchmark.ledger import Budget, Ledger, Prices
 from benchmark.numerics import NumericalError
 from benchmark.policy import Policy, prepare_machine
 from benchmark.preflight import check_verifier, preflight
 from benchmark.probing import prompt_features
-from benchmark.problems import load_task
+from benchmark.problems import digest, load_task
+from benchmark.result import result_of
+from benchmark.source import code_state
 from benchmark.staleness import Past
 from benchmark.step_metrics import allocation_row, rollout_metrics
 from benchmark.trace import EvaluationTrace, Trace
@@ -160,6 +161,7 @@ class Run:
         self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
         self.backend = backend.make(policy, config.backend, start)
         train, held_out = load_task(config.task, out / "contamination.jsonl")
+        self.data = {"train": digest(train), "evaluation": digest(held_out)}
         self.verifier = Verifier(answer_form=config.task.answer_form)
         pool = Pool.of(train, policy, config.seed, device)
         rollout, temperature = config.rollout, config.evaluation.temperature
@@ -169,15 +171,13 @@ class Run:
         self.history = PromptHistory(len(train), self.method.half_life)
         self.prices = Prices(policy.size)
         self.past = Past(rollout.staleness)
-        self.step, self.points, self.elapsed = 0, 0, 0.0
-        self.seconds: dict[str, float] = {}
+        self.step, self.points, self.elapsed, self.seconds = 0, 0, 0.0, dict[str, float]()
         self.saved: tuple[int, int] | None = None  # step and points of the newest checkpoint
         self.save_after = time.monotonic() + CHECKPOINT_SECONDS
-        self.ledger = Ledger(out / "ledger.jsonl")
+        self.ledger, self.records = Ledger(out / "ledger.jsonl"), dict[str, Record]()
         self.trace = Trace(policy, train)
         features = self._features(pool)  # of the policy before RL: a checkpoint would replace it
         fresh = not self._resume()
-        self.records = {name: Record(out / name) for name in RECORDS} | {"ledger.jsonl": self.ledger.record}
         self.history.features = features
         if features.size and fresh:
             read = sum(map(len, pool.tokens))
@@ -229,7 +229,7 @@ class Run:
             if self.points < last and spent * last >= self.points * self.budget.amount:
                 self._evaluate(final=False)
                 self._save()
-            if should_stop():
+            if ranks.agree(should_stop()):
                 self._save()
                 raise Interrupted
             self.step_once()
@@ -292,7 +292,7 @@ class Run:
 
     def _save(self) -> None:
         """Write a checkpoint, unless this very state has one; records go to the disk before what counts on them."""
-        if self.saved == (self.step, self.points):
+        if self.saved == (self.step, self.points) or ranks.rank() > 0:
             return
         begin = time.monotonic()
         for record in self.records.values():
@@ -307,6 +307,7 @@ class Run:
             "signal": self.updater.signal,
             "elapsed": self.elapsed + time.time() - self.started,
             "seconds": self.seconds,
+            "code": self.code,
             "ledger": self.ledger.state(),
             "trace": self.trace.rows,
             "records": {name: fingerprint(self.out / name) for name in RECORDS},
@@ -320,11 +321,14 @@ class Run:
 
     def _resume(self) -> bool:
         """Continue from the newest whole checkpoint, or (False) from nothing: records are cut back to what it knew."""
-        found = checkpoint.latest(self.out / "checkpoint", self._fits)
+        first = ranks.rank() == 0
+        found = ranks.agree(checkpoint.latest(self.out / "checkpoint", self._fits) if first else None)
+        kept = found[1]["records"] if first and found else {}
         self.place = self.updates = 0
-        self.signal = [0.0, 0.0, 0.0]
+        self.signal, self.code = [0.0, 0.0, 0.0], [code_state()]
         for name in RECORDS:
-            restart(self.out / name, 0 if found is None else found[1]["records"].get(name, (0, ""))[0])
+            self.records[name] = restart(self.out / name, kept.get(name, (0, ""))[0], done=self.out / "result.json")
+        self.ledger.record = self.records["ledger.jsonl"]
         if found is None:
             return False
         file, state = found
@@ -334,9 +338,11 @@ class Run:
         self.step, self.place, self.points = state["step"], state["place"], state["points"]
         self.saved = (self.step, self.points)
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]
-        self.signal = state["signal"]
+        self.signal, known = state["signal"], state.get("code", [])
+        self.code = known if code_state() in known else [*known, code_state()]
         self.trace.restore(state.get("trace", []))
         self.ledger = Ledger.restore(self.out / "ledger.jsonl", state["ledger"])
+        self.ledger.record = self.records["ledger.jsonl"]
         return True
 
     def _fits(self, state: dict[str, Any]) -> bool:
@@ -369,31 +375,12 @@ class Run:
         self.progress(RunProgress(self.budget.currency, self.budget.amount, spent, self.step, message))
 
     def _finish(self) -> None:
-        config, spent = self.config, self.ledger.spent
-        training = sum(value for phase, value in self.seconds.items() if phase not in UNCHARGED_PHASES)
+        if ranks.rank() > 0:
+            return
         for record in self.records.values():
             record.check()
             record.sync()
         self.policy.save(self.out / "policy")
         self.report("done", f"{self.step} steps")
-        result: dict[str, Any] = {
-            "run_hash": config.run_hash,
-            "plan_hash": config.plan_hash,
-            "study": config.study,
-            "arm": config.arm,
-            "seed": config.seed,
-            "scale": config.scale,
-            "planned": {self.budget.currency: self.budget.amount},
-            "spent": spent | {"device_seconds": training, "verifier_seconds": self.seconds.get("verify", 0.0)},
-            "overshoot": spent[self.budget.currency] - self.budget.amount,
-            "steps": self.step,
-            "drawn": self.ledger.drawn,
-            "evaluation_tokens": self.ledger.evaluated["tokens_generated"],
-            "oracle": self.ledger.oracle,
-            "seconds": self.seconds,
-            "wall_seconds": self.elapsed + time.time() - self.started,
-            "device": self.clock.device.type,
-            "versions": {name: version(name) for name in ("torch", "transformers", "trl", "numpy", "rolloutbench")},
-        }
-        atomic_write_json(self.out / "result.json", result)
+        atomic_write_json(self.out / "result.json", result_of(self))
         checkpoint.clear(self.out / "checkpoint")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +14,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from benchmark.cells import read_json, running
+from benchmark.errors import InputError
 from benchmark.jsonl import read_rows
+from benchmark.opening import inside, printable
 from benchmark.progress import duration, short
 
-State = Literal["done", "running", "failed", "stopped", "waiting"]
-STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "waiting")
+State = Literal["done", "ended", "running", "failed", "stopped", "waiting"]
+STATES: tuple[State, ...] = ("done", "ended", "running", "failed", "stopped", "waiting")
+"""Ended: the trial of a sweep that the cell belongs to was pruned or diverged before the cell was done."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class CellStatus:
         final: whether that is its final evaluation.
         wall_seconds: of a finished run, all its sessions.
         message: what a running cell says of itself, or why it failed.
+        group: the arm that a sweep's trial tunes; elsewhere the arm itself.
+        log: the output of a failed cell, relative to the study's folder.
     """
 
     arm: str
@@ -42,6 +47,8 @@ class CellStatus:
     final: bool
     wall_seconds: float | None
     message: str
+    group: str
+    log: str
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,11 @@ class StudyStatus:
 
     @property
     def planned(self) -> int:
-        """Budget of all cells; cells that have not started count as the mean of those that have."""
-        known = [cell.planned for cell in self.cells if cell.planned is not None]
-        return sum(known) + round((len(self.cells) - len(known)) * sum(known) / len(known)) if known else 0
+        """Budget of all cells; those that have not started count as the mean of the others, ended ones as spent."""
+        spent = sum(cell.spent for cell in self.cells if cell.state == "ended")
+        open_cells = [cell for cell in self.cells if cell.state != "ended"]
+        known = [cell.planned for cell in open_cells if cell.planned is not None]
+        return spent + (round(len(open_cells) * sum(known) / len(known)) if known else 0)
 
     @property
     def spent(self) -> int:
@@ -82,27 +91,41 @@ class StudyStatus:
 
 def read_status(folder: Path, plan: dict[str, Any]) -> StudyStatus:
     """The state of every cell that ``plan.json`` in `folder` names."""
-    currency = str(plan["primary_currency"])
-    cells = tuple(_cell(folder / cell["dir"], cell["arm"], cell["seed"], currency) for cell in plan["cells"])
-    return StudyStatus(str(plan["study"]), currency, cells)
+    currency = str(plan.get("primary_currency", "tokens_generated"))
+    cells = [_read(folder, cell, currency) for cell in plan.get("cells", [])]
+    return StudyStatus(str(plan.get("study", folder.name)), currency, tuple(cells))
 
 
-def _cell(folder: Path, arm: str, seed: int, currency: str) -> CellStatus:
+def _read(study: Path, planned: Mapping[str, Any], currency: str) -> CellStatus:
+    folder = inside(study, planned["dir"])
+    try:
+        return _cell(study, planned, currency)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        what = f"a record of the cell lacks what it should hold ({type(error).__name__}: {error})"
+        raise InputError(what, file=folder, remedy="Restore it, or delete the cell and run it again") from None
+
+
+def _cell(study: Path, planned: Mapping[str, Any], currency: str) -> CellStatus:
+    folder, job = study / planned["dir"], planned["dir"]
+    if "group" in planned:  # a trial fails as a whole, in its own folder
+        job = f"trials/{planned['arm']}"
     progress = read_json(folder / "progress.json") or {}
-    result, failure = read_json(folder / "result.json"), read_json(folder / "failure.json")
+    result, failure = read_json(folder / "result.json"), read_json(study / job / "failure.json")
     if result is not None:
         state: State = "done"
+    elif "ended" in planned:
+        state = "ended"
     elif running(folder):
         state = "running"
-    elif failure is not None:
+    elif failure is not None and not running(study / job):
         state = "failed"
     else:
         state = "stopped" if progress else "waiting"
     accuracy, final = _latest_accuracy(folder / "evaluation.jsonl")
     spent = progress.get("spent", 0) if result is None else result["spent"][currency]
     return CellStatus(
-        arm,
-        seed,
+        planned["arm"],
+        planned["seed"],
         state,
         int(spent),
         progress.get("planned"),
@@ -110,6 +133,8 @@ def _cell(folder: Path, arm: str, seed: int, currency: str) -> CellStatus:
         final,
         None if result is None else result.get("wall_seconds"),
         str(failure["error"]) if state == "failed" and failure else str(progress.get("message", "")),
+        planned.get("group", planned["arm"]),
+        f"{job}/run.log" if state == "failed" else "",
     )
 
 
@@ -134,24 +159,43 @@ def render(status: StudyStatus) -> Group:
     unit = {"tokens_generated": "tokens"}.get(status.currency, status.currency)
     share = f" ({100 * status.spent / status.planned:.0f} %)" if status.planned else ""
     left = "" if status.seconds_left is None else f"; about {duration(status.seconds_left)} left"
-    head = Text(f"{status.study}: {counts} of {len(status.cells)} cells; ")
+    head = Text(f"{printable(status.study)}: {counts} of {len(status.cells)} cells; ")
     head.append(f"{short(status.spent)}/{short(status.planned)} {unit}{share}{left}")
-    failed = [Text(f"failed: {c.arm} s{c.seed}: {c.message}", style="red") for c in status.cells if c.state == "failed"]
+    why = dict.fromkeys((c.arm, c.message, c.log) for c in status.cells if c.state == "failed")
+    said = [f"failed: {arm}: {message} (see {log})" for arm, message, log in why]
+    failed = [Text(printable(line), style="red") for line in said]
     now = [cell for cell in status.cells if cell.state == "running"]
     return Group(head, _arms(status.cells), *([_running(now)] if now else []), *failed)
 
 
 def _arms(cells: Sequence[CellStatus]) -> Table:
+    """A line an arm; of a sweep, a line for all trials of an arm, with the best trial that is whole so far."""
     states = [state for state in STATES if any(cell.state == state for cell in cells)]
-    numbers = [Column(title, justify="right", no_wrap=True) for title in (*states, "final pass@1, %")]
+    tuning = any(cell.group != cell.arm for cell in cells)
+    titles = (*states, "final pass@1, %", *(("best trial", "its pass@1, %") if tuning else ()))
+    numbers = [Column(title, justify="right", no_wrap=True) for title in titles]
     table = Table(Column("arm", no_wrap=True), *numbers, box=None)
-    for arm in dict.fromkeys(cell.arm for cell in cells):
-        mine = [cell for cell in cells if cell.arm == arm]
+    for group in dict.fromkeys(cell.group for cell in cells):
+        mine = [cell for cell in cells if cell.group == group]
         found = Counter(cell.state for cell in mine)
-        final = [cell.accuracy for cell in mine if cell.final and cell.accuracy is not None]
-        accuracy = f"{100 * sum(final) / len(final):.1f}" if final else ""
-        table.add_row(arm, *(str(found[state] or "") for state in states), accuracy)
+        row: list[str | Text] = [*(str(found[state] or "") for state in states), _percent(_accuracy(mine))]
+        if tuning:
+            arms = dict.fromkeys(cell.arm for cell in mine)
+            whole = {arm: [cell for cell in mine if cell.arm == arm] for arm in arms}
+            means = {arm: _accuracy(of) for arm, of in whole.items() if all(cell.state == "done" for cell in of)}
+            best = max(means, key=lambda arm: means[arm] or 0.0, default="")
+            row += [Text(printable(best)), _percent(means.get(best))]
+        table.add_row(Text(printable(group)), *row)
     return table
+
+
+def _accuracy(cells: Sequence[CellStatus]) -> float | None:
+    final = [cell.accuracy for cell in cells if cell.final and cell.accuracy is not None]
+    return sum(final) / len(final) if final else None
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def _running(cells: Sequence[CellStatus]) -> Table:
@@ -159,8 +203,8 @@ def _running(cells: Sequence[CellStatus]) -> Table:
     table = Table(*(Column(title, no_wrap=True) for title in titles), box=None)
     for cell in cells:
         share = f"{100 * cell.spent / cell.planned:.0f} %" if cell.planned else ""
-        latest = "" if cell.accuracy is None else f"{100 * cell.accuracy:.1f}"
-        table.add_row(f"{cell.arm} s{cell.seed}", share, latest, cell.message)
+        told = [f"{cell.arm} s{cell.seed}", share, _percent(cell.accuracy), cell.message]
+        table.add_row(*(Text(printable(text)) for text in told))  # as it is: brackets are no markup
     return table
 
 
@@ -172,6 +216,6 @@ def watch(folder: Path, plan: dict[str, Any], seconds: float) -> None:
         while True:
             status = read_status(folder, plan)
             live.update(render(status), refresh=True)
-            if status.counts["done"] == len(status.cells):
+            if status.counts["done"] + status.counts["ended"] == len(status.cells):
                 return
             time.sleep(seconds)

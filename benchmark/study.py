@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import tempfile
 import threading
 import time
 import uuid
@@ -21,7 +23,8 @@ from benchmark.config import RunConfig, digest
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_json
 from benchmark.progress import Bar, Display
-from benchmark.workers import Pool, default_workers
+from benchmark.reuse import take_over
+from benchmark.workers import Pool, Workers, default_workers
 
 if TYPE_CHECKING:
     from benchmark.run import RunProgress
@@ -110,9 +113,12 @@ def run_study(
     workers: int | None = None,
     tracking_uri: str | None = None,
     run: RunCell | None = None,
+    pool: Callable[[Sequence[Cell], int, str, Path, RunCell | None], Workers] = Pool,
     prepare: Callable[[RunConfig], object] | None = None,
     report: Callable[[Path], object] | None = None,
     display: Display | None = None,
+    reuse: Sequence[Path] = (),
+    command: str = "",
 ) -> Outcome:
     """Run what is missing of `plan` in `folder` and write the report.
 
@@ -121,20 +127,25 @@ def run_study(
         folder: ``results/<study>``.
         workers: processes; one per core by default.
         tracking_uri: MLflow store that follows the files; None for no mirror.
-        run, prepare, report: replace training, warm-up and report (tests, other schedulers).
+        pool: makes the workers from cells, count, invocation, log and `run`.
+        run, prepare, report: replace training, warm-up and report (tests).
         display: where progress is shown.
+        reuse: results folders of other studies; their finished runs are copied where this study has the same.
+        command: what was typed: the report names it beside a failure, since it runs what failed again.
 
     Raises:
-        InputError: a folder holds another run.
+        InputError: a folder holds another run, or one of `reuse` holds no study.
         WorkersFailedError: worker processes cannot start.
     """
+    _refuse_launcher()
     display = display or Display()
     cells = [Cell.of(folder, config) for config in plan.runs]
     for cell in cells:
         cell.check()
+    taken = take_over(cells, reuse)
     missing = [cell for cell in cells if cell.result() is None]
-    record = plan_record(plan, cells)
-    _announce(display, folder, record, len(missing))
+    record = plan_record(plan, cells) | {"command": command}
+    _announce(display, folder, record, len(missing), len(taken))
     atomic_write_json(folder / "plan.json", record)
     invocation = uuid.uuid4().hex
     interrupts = Interrupts()
@@ -142,10 +153,10 @@ def run_study(
         if missing:
             _warm_up([cell.config for cell in missing], prepare, display)
             count = min(workers or default_workers(), len(missing))
-            pool = Pool(cells, count, invocation, folder / "workers.log", run)
+            team = pool(cells, count, invocation, folder / "workers.log", run)
             finished: dict[str, int] = {}
             with interrupts:
-                supervise(pool, interrupts, display, lambda: bars(cells, finished))
+                supervise(team, interrupts, display, lambda: bars(cells, finished))
         failed = {cell.folder.name: why for cell in cells if (why := cell.failure(invocation)) is not None}
         done = sum(cell.result() is not None for cell in cells)
         if failed:
@@ -165,12 +176,16 @@ def run_single(config: RunConfig, out: Path, *, display: Display | None = None) 
         StorageError: a file cannot be written.
         KeyboardInterrupt: a second Ctrl-C.
     """
+    from benchmark import ranks
     from benchmark.run import Interrupted, run_cell
 
+    ranks.start()
+    if ranks.rank() > 0:
+        return _take_part(config)
     display = display or Display()
     cell = Cell(config, out)
     cell.check()
-    if cell.result() is not None:
+    if ranks.agree(cell.result() is not None):
         return Outcome(1, 1, {}, False)
     _warm_up([config], None, display)
     lease = claim(out)
@@ -178,6 +193,7 @@ def run_single(config: RunConfig, out: Path, *, display: Display | None = None) 
         holder = owner(out) or {}
         who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
         raise InputError(f"{who} is running it", file=out, remedy="Wait for it, or choose another folder")
+    ranks.agree(None)  # the others wait until the policy is there
 
     def show(at: RunProgress) -> None:
         display.update(Bar(f"{config.arm} seed {config.seed}", at.spent, at.planned, at.currency, at.message))
@@ -194,6 +210,22 @@ def run_single(config: RunConfig, out: Path, *, display: Display | None = None) 
     with lease, Interrupts(patience=1) as interrupts, display:
         try:
             run_cell(config, out, progress=show, should_stop=should_stop)
+        except Interrupted:
+            return Outcome(0, 1, {}, True)
+    return Outcome(1, 1, {}, False)
+
+
+def _take_part(config: RunConfig) -> Outcome:
+    """Another process than the first of a run (`benchmark.ranks`): it works, and what it writes is thrown away."""
+    from benchmark import ranks
+    from benchmark.run import Interrupted, run_cell
+
+    if ranks.agree(None):
+        return Outcome(1, 1, {}, False)
+    ranks.agree(None)
+    with Interrupts(), tempfile.TemporaryDirectory(prefix="rank-") as folder:
+        try:
+            run_cell(config, Path(folder))
         except Interrupted:
             return Outcome(0, 1, {}, True)
     return Outcome(1, 1, {}, False)
@@ -225,7 +257,9 @@ def bars(cells: Sequence[Cell], done: dict[str, int]) -> tuple[Bar, list[Bar]]:
     return Bar(total, spent + sum(done.values()), planned, currency), running
 
 
-def supervise(pool: Pool, interrupts: Interrupts, display: Display, look: Callable[[], tuple[Bar, list[Bar]]]) -> None:
+def supervise(
+    pool: Workers, interrupts: Interrupts, display: Display, look: Callable[[], tuple[Bar, list[Bar]]]
+) -> None:
     """Let the workers of `pool` run until nothing is left, or until they are told to stop.
 
     Args:
@@ -246,6 +280,12 @@ def supervise(pool: Pool, interrupts: Interrupts, display: Display, look: Callab
                 time.sleep(POLL_SECONDS)
     finally:
         pool.kill()
+
+
+def _refuse_launcher() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        remedy = "Start it without a launcher, on every machine that shares the results folder; or launch `run`"
+        raise InputError("several processes of a launcher cannot share a study", key="WORLD_SIZE", remedy=remedy)
 
 
 def _warm_up(configs: Sequence[RunConfig], prepare: Callable[[RunConfig], object] | None, display: Display) -> None:
@@ -321,9 +361,11 @@ def _failures(cells: Sequence[Cell], failed: dict[str, str]) -> list[dict[str, A
     ]
 
 
-def _announce(display: Display, folder: Path, record: dict[str, Any], missing: int) -> None:
+def _announce(display: Display, folder: Path, record: dict[str, Any], missing: int, taken: int) -> None:
     before = read_json(folder / "plan.json")
     if before is not None and before.get("scale") != record["scale"]:
         display.note(f"{folder} last held scale {before.get('scale')}: its cells stay, its report is replaced")
     total = len(record["cells"])
     display.note(f"{record['study']}: {total} cells at scale {record['scale']}, {missing} to run, in {folder}")
+    if taken:
+        display.note(f"{taken} cells taken over from other studies")

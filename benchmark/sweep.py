@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def run_sweep(
     run: RunCell | None = None,
     prepare_policy: Callable[[RunConfig], object] | None = None,
     display: Display | None = None,
+    command: str = "",
 ) -> SweepOutcome:
     """Run what is missing of a sweep in `folder` and write its report.
 
@@ -77,6 +79,7 @@ def run_sweep(
         url: database of Optuna's trials; the journal in `folder` by default.
         tracking_uri: MLflow store that follows the files; None for no mirror.
         run, prepare_policy: replace training and warm-up (tests).
+        command: what was typed: the report names it beside a failure, since it runs what failed again.
 
     Raises:
         InputError: the folder holds another sweep, or was begun with another storage.
@@ -93,13 +96,14 @@ def run_sweep(
     display.note(f"{sweep.config.sweep}: {len(trials)} trials, {len(missing)} to run, in {folder}")
     prepare(sweep, folder, url, trials[0].identity)
     (prepare_policy or warm_up)(trials[0].cells(sweep.default(trials[0].label))[0].config)
-    write_plan(sweep, trials, folder)
+    plan = partial(write_plan, sweep, trials, folder, command)
+    plan()
     with mirrored(tracking_uri, folder, sweep.config.sweep, display):
-        outcome = _tune(sweep, trials, folder, count, run, display) if missing else _outcome(trials, "", False)
-        write_plan(sweep, trials, folder)
+        outcome = _tune(trials, plan, count, run, display) if missing else _outcome(trials, "", False)
+        plan()
         final = None
         if not outcome.interrupted:
-            final = _finals(sweep, trials, folder, count, tracking_uri, run, prepare_policy, display)
+            final = _finals(sweep, trials, folder, count, tracking_uri, run, prepare_policy, display, command)
         if final is not None and not final.interrupted:
             from analysis.sweep_report import write_sweep_report
 
@@ -121,8 +125,10 @@ def _claim_folder(sweep: Sweep, folder: Path, identity: str, storage: str) -> No
 
 
 def _tune(
-    sweep: Sweep, trials: Sequence[Trial], folder: Path, count: int, run: RunCell | None, display: Display
+    trials: Sequence[Trial], plan: Callable[[], None], count: int, run: RunCell | None, display: Display
 ) -> Outcome:
+    """Run the missing trials; `plan` writes ``plan.json`` anew whenever a trial has got its setting or is over."""
+    sweep, folder = trials[0].sweep, trials[0].root
     invocation, over = uuid.uuid4().hex, dict[str, int]()
     budget = sweep.run(trials[0].label, trials[0].label, None, sweep.config.seeds[0]).budget
     jobs: Sequence[Job] = trials
@@ -131,9 +137,9 @@ def _tune(
 
     def look() -> tuple[Bar, list[Bar]]:
         nonlocal known
-        if (described := len(list(folder.glob("trials/*/trial.json")))) != known:
-            known = described
-            write_plan(sweep, trials, folder)
+        if (written := sum(1 for _ in folder.glob("trials/*/*.json"))) != known:
+            known = written
+            plan()
         return bars(trials, budget.currency, budget.amount * len(sweep.config.seeds), over)
 
     with Interrupts() as interrupts:
@@ -171,9 +177,8 @@ def bars(trials: Sequence[Trial], currency: str, each: int, over: dict[str, int]
     return total, running_bars
 
 
-def write_plan(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> None:
-    """``plan.json`` with every cell that has a setting by now, for `rolloutbench status` and the MLflow mirror."""
-    records = [record for trial in trials if (record := read_json(trial.folder / "trial.json")) is not None]
+def write_plan(sweep: Sweep, trials: Sequence[Trial], folder: Path, command: str = "") -> None:
+    """``plan.json`` with a cell for every trial and seed, for `rolloutbench status` and the MLflow mirror."""
     first = sweep.run(trials[0].label, trials[0].label, None, sweep.config.seeds[0])
     plan = {
         "study": sweep.config.sweep,
@@ -184,11 +189,27 @@ def write_plan(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> None:
         "task": first.task.name,
         "families": list(first.task.families),
         "arms": [trial.name for trial in trials],
+        "groups": [arm.label for arm in sweep.config.arms],
+        "searched": list(dict.fromkeys(key for arm in sweep.config.arms for key in sweep.config.spaces(arm.label))),
         "seeds": list(sweep.config.seeds),
         "reference": f"{sweep.config.reference}-t000",
-        "cells": [cell for record in records for cell in record["cells"]],
+        "command": command,
+        "cells": [cell for trial in trials for cell in _planned(trial)],
     }
     atomic_write_json(folder / "plan.json", plan)
+
+
+def _planned(trial: Trial) -> list[dict[str, Any]]:
+    """A trial's cells: nameless before it has a setting; ``ended`` says how it ended where that kept one from ending.
+
+    ``group`` is the arm that the trial tunes.
+    """
+    record, result = read_json(trial.folder / "trial.json"), read_json(trial.folder / "result.json")
+    seeds = trial.sweep.config.seeds
+    cells = record["cells"] if record else [{"arm": trial.name, "seed": s, "dir": f"cells/{trial.name}"} for s in seeds]
+    whole = len(cells) if result is None else len(result["scores"])
+    ended = [{} if place < whole or result is None else {"ended": result["state"]} for place in range(len(cells))]
+    return [{**cell, "group": trial.label, **how} for cell, how in zip(cells, ended, strict=True)]
 
 
 def final_plan(sweep: Sweep, trials: Sequence[Trial]) -> Plan | None:
@@ -227,6 +248,7 @@ def _finals(
     run: RunCell | None,
     prepare_policy: Callable[[RunConfig], object] | None,
     display: Display,
+    command: str,
 ) -> Outcome | None:
     plan = final_plan(sweep, trials)
     if plan is None:
@@ -240,6 +262,7 @@ def _finals(
         run=run,
         prepare=prepare_policy,
         display=display,
+        command=command,
     )
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmark import streams
+from benchmark import ranks, streams
 from benchmark.averages import Averages, observe
 from benchmark.backend import Backend, Piece
 from benchmark.clock import Clock
@@ -116,7 +116,7 @@ class Updater:
         Truncated importance sampling: min(pi_train / pi_sample, cap), (T,). Ratios and clip ranges then start from the
         policy that is trained, whatever the sampler's rounding.
         """
-        seen = _join(self._score_ahead(step, rollouts, self.backend.split(rollouts)))
+        seen = _join(self._score_ahead(step, rollouts, self.backend.split(rollouts, ranks.size())))
         gap = seen.log_prob - rollouts.log_prob
         count, cap = float(len(gap)), self.backend.config.importance_cap
         metrics.add("policy/logprob_abs_diff", gap.abs().mean(), count)
@@ -130,7 +130,7 @@ class Updater:
     def _sampler(self, step: int, rollouts: Rollouts) -> Head:
         """The output layer of the policy that sampled, at every token of the batch; one more forward pass."""
         with self.past.sampling(self.backend.policy):
-            parts = self._score_ahead(step, rollouts, self.backend.split(rollouts))
+            parts = self._score_ahead(step, rollouts, self.backend.split(rollouts, ranks.size()))
             heads = [part.head for part in parts if part.head is not None]
             weight = heads[0].weight.detach().clone()
         hidden = torch.cat([head.hidden for head in heads])
@@ -140,14 +140,15 @@ class Updater:
     def _minibatch(self, prompts: Tensor, batch: Minibatch, metrics: Averages) -> None:
         step, part, sampler = batch.step, batch.rollouts, batch.sampler
         pieces, middle = self._pieces(part)
+        owners, fits = self._divide(pieces)
         rollout = torch.repeat_interleave(torch.arange(len(part), device=part.tokens.device), part.length)
         advantage = batch.advantage[rollout]
         credit = TokenCredit(advantage)
+        mine = [number for number, owner in enumerate(owners) if owner == ranks.rank()]
         # A minibatch that fits in one pass is scored once, for the method's eyes and for its gradient.
-        fits = len(pieces) == 1 or len(self.backend.split(part)) == 1
-        ready = [self._score(rows) for rows, _, _ in pieces] if fits else []
+        ready = {number: self._score(pieces[number][0]) for number in mine} if fits else {}
         if self.method.modulates:
-            ahead = ready or self._score_ahead(step, part, pieces)
+            ahead = _exchange(pieces, owners, ready) if fits else self._score_ahead(step, part, pieces)
             tokens = self._tokens(step, part, advantage, rollout, ahead, sampler)
             with batch.blamed(lambda: sound(_join(ahead), part.log_prob, advantage, self.backend.policy.vocabulary)):
                 credit = self.method.modulate(tokens)
@@ -158,18 +159,20 @@ class Updater:
             weights = weights * batch.correction
         self.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=part.tokens.device)
-        scored: list[Scored] = []
+        scored: dict[int, Scored] = {}
         half: Tensor | None = None
-        for rows, begin, end in pieces:
-            piece = ready.pop(0) if ready else self._score(rows)
-            here = slice(begin, end)
-            loss = self._loss(piece, part, here, weights, credit, sampler)
-            with self.clock.phase("backward"):
-                loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-            scored.append(Scored(_join([piece])))
+        for number, (rows, begin, end) in enumerate(pieces):
+            if number in mine:
+                piece = ready.pop(number) if fits else self._score(rows)
+                loss = self._loss(piece, part, slice(begin, end), weights, credit, sampler)
+                with self.clock.phase("backward"):
+                    loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+                scored[number] = Scored(_join([piece]))
             half = self._gradient() if end == middle else half
-        whole = _join(scored)
+        whole = _join(_exchange(pieces, owners, scored))
+        with self.clock.phase("backward"):
+            self._add_up(total, half)
         good = sound(whole, part.log_prob, credit.advantage, self.backend.policy.vocabulary)
         self._step(batch, good | {"loss": torch.isfinite(total)}, half, metrics)
         metrics.add("optim/loss", total)
@@ -182,11 +185,29 @@ class Updater:
         half = part.prompts // 2
         middle = int(part.length[part.prompt < half].sum())
         if "signal" not in self.method.needs or middle in (0, len(part.tokens)):
-            return self.backend.split(part), -1
+            return self.backend.split(part, ranks.size()), -1
         number = torch.arange(part.prompts, device=part.tokens.device)
         low, high = part.select_prompts(number[:half]), part.select_prompts(number[half:])
-        later = [(rows, middle + begin, middle + end) for rows, begin, end in self.backend.split(high)]
-        return [*self.backend.split(low), *later], middle
+        later = [(rows, middle + begin, middle + end) for rows, begin, end in self.backend.split(high, ranks.size())]
+        return [*self.backend.split(low, ranks.size()), *later], middle
+
+    def _divide(self, pieces: list[Piece]) -> tuple[list[int], bool]:
+        """The process of each piece, and whether every process can hold all of its own at a time."""
+        costs = [len(rows.tokens) + len(rows.prompt_tokens) for rows, _, _ in pieces]
+        owners = ranks.owners(costs)
+        loads = [[cost for cost, owner in zip(costs, owners, strict=True) if owner == r] for r in range(ranks.size())]
+        fits = all(len(load) < 2 or sum(load) <= self.backend.config.tokens_per_pass for load in loads)
+        return owners, fits and not (ranks.size() > 1 and self.method.needs & {"head", "rollout_head"})
+
+    def _add_up(self, total: Tensor, half: Tensor | None) -> None:
+        """Loss and gradients of all processes in place of this one's."""
+        if ranks.size() == 1:
+            return
+        for parameter in self.backend.policy.parameters().values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in self.backend.policy.parameters().values()]
+        ranks.add([total, *([] if half is None else [half]), *(grad for grad in grads if grad is not None)])
 
     def _loss(
         self,
@@ -219,8 +240,12 @@ class Updater:
 
     def _score_ahead(self, step: int, part: Rollouts, pieces: list[Piece]) -> list[Scored]:
         """Statistics of rollouts before any gradient: methods see all of an update batch at once."""
+        # The output layer of a whole batch is too much to send around: every process then makes all of it.
+        everywhere = bool(self.method.needs & {"head", "rollout_head"})
+        owners = [ranks.rank()] * len(pieces) if everywhere else self._divide(pieces)[0]
         with torch.no_grad():
-            parts = [self._score(rows) for rows, _, _ in pieces]
+            own = {n: self._score(rows) for n, (rows, _, _) in enumerate(pieces) if owners[n] == ranks.rank()}
+        parts = list(own.values()) if everywhere else _exchange(pieces, owners, own)
         read = len(part.tokens) + int(part.prompt_length.sum())
         self.ledger.charge(step, "score", tokens_scored=len(part.tokens), flops=self.prices.forward(read))
         return parts
@@ -263,8 +288,9 @@ class Updater:
 
     def _gradient(self) -> Tensor:
         """The gradient so far, all weights as one vector (D,)."""
-        grads = [parameter.grad for parameter in self.backend.policy.parameters().values()]
-        return torch.cat([grad.flatten() for grad in grads if grad is not None])
+        parameters = self.backend.policy.parameters().values()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        return torch.cat([grad.flatten() for grad in grads])
 
     def _factor(self, batch: Minibatch, good: Checks, half: Tensor | None, metrics: Averages) -> float:
         """What the method makes of the learning rate; `half` is the gradient of the first half's prompts (D,)."""
@@ -306,3 +332,16 @@ def _join(parts: Sequence[Scored]) -> TokenStatistics:
     """The statistics of consecutive pieces as one, detached."""
     columns = ([getattr(part.statistics, field.name).detach() for part in parts] for field in fields(TokenStatistics))
     return TokenStatistics(*map(torch.cat, columns))
+
+
+def _exchange(pieces: list[Piece], owners: list[int], own: dict[int, Scored]) -> list[Scored]:
+    """The forward pass of every piece in order; those of other processes are detached."""
+    if ranks.size() == 1:
+        return list(own.values())
+    made = []
+    for number, (rows, _, _) in enumerate(pieces):
+        seen = torch.empty(len(fields(TokenStatistics)), len(rows.tokens), device=rows.tokens.device)
+        if number in own:
+            seen = torch.stack(list(vars(_join([own[number]])).values()))
+        made.append(Scored(TokenStatistics(*ranks.share(seen, owners[number]))))
+    return made

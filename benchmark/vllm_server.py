@@ -3,11 +3,13 @@
     python -m benchmark.vllm_server MODEL [vLLM options, e.g. --port 8000 --tensor-parallel-size 4]
 
 It is vLLM's OpenAI server with the switches that training needs: development mode (new weights come through
-``/collective_rpc``: let nobody else reach the port), full-softmax sampling, log-probabilities after temperature.
+``/collective_rpc``: let nobody else reach the port), full-softmax sampling, log-probabilities after temperature. It
+listens on 127.0.0.1 unless ``--host`` names another address, and says where.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 
@@ -42,6 +44,8 @@ def main() -> None:
         line = command(sys.argv[1:])
     except InputError as error:
         sys.exit(f"error: {error}")
+    given = [value for name, value in itertools.pairwise(line) if name == "--host"]
+    print(f"vLLM is to listen on {given[0] if given else 'the address of --host'}", flush=True)
     os.execv(line[0], line)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -32,6 +33,35 @@ ONE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+class Stop(Protocol):
+    """A request to stop, as workers see it."""
+
+    def is_set(self) -> bool:
+        """Whether it was made."""
+        ...
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for it at most `timeout` seconds; whether it was made."""
+        ...
+
+
+class Workers(Protocol):
+    """Workers of an invocation, wherever they run (`Pool`, `benchmark.ray_workers.RayPool`)."""
+
+    def start(self) -> None:
+        """Start them."""
+
+    def poll(self) -> bool:
+        """Replace those that died; whether any is alive."""
+        ...
+
+    def stop(self) -> None:
+        """Ask every one to finish its step and save."""
+
+    def kill(self) -> None:
+        """End every one at once."""
 
 
 class WorkersFailedError(RunError):
@@ -57,13 +87,14 @@ def work(cells: Sequence[Job], invocation: str, log: Path, stop: Event, run: Run
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        _work(cells, invocation, log, stop, run)
+        serve(cells, invocation, log, stop, run)
     except (OSError, StorageError):
         traceback.print_exc()
         sys.exit(os.EX_IOERR)
 
 
-def _work(cells: Sequence[Job], invocation: str, log: Path, stop: Event, run: RunCell | None) -> None:
+def serve(cells: Sequence[Job], invocation: str, log: Path, stop: Stop, run: RunCell | None) -> None:
+    """Claim and run cells until none is left that this invocation has not tried, or `stop` is set."""
     with _output_to(log):
         train = run or _run_cell()
         left = list(cells)
@@ -86,7 +117,7 @@ def _run_cell() -> RunCell:
     return run_cell
 
 
-def _attempt(cell: Job, lease: Lease, invocation: str, stop: Event, run: RunCell) -> None:
+def _attempt(cell: Job, lease: Lease, invocation: str, stop: Stop, run: RunCell) -> None:
     stopping = False
 
     def should_stop() -> bool:
@@ -105,11 +136,12 @@ def _attempt(cell: Job, lease: Lease, invocation: str, stop: Event, run: RunCell
             if stopping:
                 return
             traceback.print_exc()
-            if not isinstance(error, LeaseLostError):
+            # A sleeper whose cell was taken over notices by what it cannot write; the cell is not its to judge.
+            if lease.held and not isinstance(error, LeaseLostError):
                 cell.mark_failed(invocation, f"{type(error).__name__}: {error}")
 
 
-def _told(stop: Event) -> bool:
+def _told(stop: Stop) -> bool:
     parent = multiprocessing.parent_process()
     return stop.is_set() or (parent is not None and not parent.is_alive())
 

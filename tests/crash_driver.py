@@ -26,13 +26,14 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import analysis.report
-from benchmark import checkpoint, clock, run
+from benchmark import checkpoint, clock, result, run
 from benchmark.cells import Cell
 from benchmark.collect import Collector
 from benchmark.compose import Plan, compose_study
 from benchmark.evaluation import Evaluator
 from benchmark.jsonl import Record, atomic_write_json
 from benchmark.progress import Display
+from benchmark.source import code_state
 from benchmark.study import plan_record, run_single
 from benchmark.update import Updater
 
@@ -127,7 +128,7 @@ def stop_clocks() -> None:
     """Time becomes a count of questions about it; a checkpoint is due after every step."""
     ticks = itertools.count()
     clock.time = SimpleNamespace(process_time=lambda: float(next(ticks)))  # type: ignore[assignment]
-    run.time = SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 0.0)  # type: ignore[assignment]
+    run.time = result.time = SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 0.0)  # type: ignore[assignment]
     run.machine = SimpleNamespace(usage=lambda _: {})  # type: ignore[assignment]
     run.machine.usage = lambda *_: {}
     run.CHECKPOINT_SECONDS = 0.0
@@ -214,6 +215,7 @@ def main(policy: str, out: Path, kills: int, seed: int, figures: bool) -> dict[s
     (out / "sums.yaml").write_text(TASK)
     (out / "crash.yaml").write_text(STUDY.format(policy=policy, task=out / "sums.yaml"))
     plan, rng = compose_study(str(out / "crash.yaml"), seeds=1), random.Random(seed)
+    code_state()  # once, for all children: the checkout may change while they run
     status, moments = child(plan, out / "whole", None)
     if status:
         raise SystemExit((out / "log").read_text())

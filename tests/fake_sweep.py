@@ -32,6 +32,17 @@ def log(out: Path, event: str, config: RunConfig) -> None:
     append_rows(out.parent.parent / "runs.jsonl", [row])
 
 
+def evaluate(config: RunConfig, out: Path, point: int, *, final: bool) -> None:
+    """Rows of an evaluation: half the accuracy at first, then three quarters of it, or all of it at the end."""
+    rows = []
+    for item in range(ITEMS):
+        right = round(SAMPLES * (1.0 if final else 0.5 + 0.25 * point) * accuracy(config)) + item
+        row = {"point": point, "step": point, "final": final, "item": f"i{item}", "family": f"f{item % 2}"}
+        cost = dict.fromkeys(CURRENCIES, point * config.budget.amount)
+        rows.append(row | {"n": SAMPLES, "c": right, "tokens": 1, "cost": cost})
+    append_rows(out / "evaluation.jsonl", rows)
+
+
 def train(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
     """A run that is over at once."""
     out.mkdir(parents=True, exist_ok=True)
@@ -41,14 +52,9 @@ def train(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> N
     log(out, "run", config)
     amount = config.budget.amount
     cost = dict.fromkeys(CURRENCIES, amount)
-    rows = []
-    for point, share in ((0, 0.5), (1, 1.0)):
-        for item in range(ITEMS):
-            right = round(SAMPLES * share * accuracy(config)) + item
-            row = {"point": point, "step": point, "final": point == 1, "item": f"i{item}", "family": f"f{item % 2}"}
-            rows.append(row | {"n": SAMPLES, "c": right, "tokens": 1, "cost": {k: v * point for k, v in cost.items()}})
     (out / "evaluation.jsonl").unlink(missing_ok=True)
-    append_rows(out / "evaluation.jsonl", rows)
+    for point in range(2):
+        evaluate(config, out, point, final=point == 1)
     atomic_write_json(out / "progress.json", {"state": "done", "spent": amount, "planned": amount, "message": ""})
     result = {
         "run_hash": config.run_hash,

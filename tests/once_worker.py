@@ -23,7 +23,7 @@ from benchmark import cells  # noqa: E402 (the name of the host is read once)
 from benchmark.cells import Cell, claim  # noqa: E402
 from benchmark.config import RunConfig  # noqa: E402
 from benchmark.errors import StorageError  # noqa: E402
-from benchmark.jsonl import Record, append_rows, atomic_write_json, read_rows, restart  # noqa: E402
+from benchmark.jsonl import append_rows, atomic_write_json, read_rows, restart  # noqa: E402
 
 STEPS = 4
 
@@ -31,8 +31,8 @@ STEPS = 4
 def work(cell: Cell) -> None:
     """One cell to its end; the result is a chain of hashes over its steps, so a lost or doubled step changes it."""
     path = cell.folder / "steps.jsonl"
-    restart(path, read_rows(path)[1])
-    rows, record = read_rows(path)[0], Record(path)
+    record = restart(path, read_rows(path)[1], done=cell.folder / "result.json")
+    rows = read_rows(path)[0]
     chain = rows[-1]["chain"] if rows else cell.run_hash
     for step in range(len(rows), STEPS):
         chain = hashlib.sha256(f"{chain} {step}".encode()).hexdigest()

@@ -96,6 +96,17 @@ def test_a_new_method_installs_and_passes_its_own_test(tmp_path: Path) -> None:
     assert "my_method" in {row["name"] for row in json.loads(shell.rolloutbench("methods", "--json"))}
 
 
+def test_the_folder_of_a_new_method_cannot_be_taken_for_its_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["new-method", "mine"])
+    assert "pip install --no-deps -e rolloutbench-mine\n" in result.stdout
+    # An editable install is found after the working directory, where a folder `mine` would be a namespace package.
+    (folder,) = tmp_path.iterdir()
+    assert not folder.name.isidentifier()
+
+
 @pytest.mark.slow
 def test_the_example_and_a_new_method_train_and_appear_in_a_table(tmp_path: Path) -> None:
     shell = install(copied(EXAMPLE, tmp_path), tmp_path)

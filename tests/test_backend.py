@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import transformers
 from pydantic import ValidationError
 from torch import Tensor
 
+from benchmark import ranks
 from benchmark.backend import Backend, NativeBackend, Request, by_prompts, by_rollouts, make
 from benchmark.backend_transformers import TransformersBackend
 from benchmark.backend_vllm import merged
@@ -336,3 +338,42 @@ def test_updates_start_from_the_trainers_log_probabilities_and_correct_for_the_s
     (-(weight * advantage * seen.log_prob)).sum().backward()
     expected = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
     assert relative(gradients["off"], expected) < 1e-4
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_an_engine_in_this_process_gets_its_gpus_and_gives_their_memory_back(
+    gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    class FakeLLM:
+        def __init__(self, **options: Any) -> None:
+            calls.append(options)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *given, **options: calls.append((name, options.get("level")))
+
+    module = SimpleNamespace(LLM=FakeLLM, SamplingParams=dict, TokensPrompt=dict)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND"):
+        monkeypatch.setenv(name, "0")
+    settings = VLLMConfig(tensor_parallel=4, memory_fraction=0.3, max_model_len=256, exchange=str(tmp_path))
+    backend = make(both()[1].policy, BackendConfig(name="vllm", dtype="bfloat16", vllm=settings), "somewhere")
+    options = calls.pop(0)
+    assert (options["model"], options["dtype"], options["tensor_parallel_size"]) == ("somewhere", "bfloat16", 4)
+    assert options["max_model_len"] == 256
+    assert options["logprobs_mode"] == "processed_logprobs"
+    assert options.get("gpu_memory_utilization") == (0.3 if gpu else None)
+    assert options.get("enable_sleep_mode", False) is gpu
+    backend.load_weights()
+    backend.rest()
+    awake, asleep = ([("wake_up", None)], [("sleep", 2)]) if gpu else ([], [])
+    assert calls == [*awake, ("collective_rpc", None), ("reset_prefix_cache", None), *asleep]
+    backend.close()
+
+
+def test_an_engine_in_each_process_of_one_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    with pytest.raises(InputError, match="vllm_server"):
+        make(both()[1].policy, BackendConfig(name="vllm"), "somewhere")

@@ -21,6 +21,7 @@ from benchmark.cli import app
 from benchmark.compose import compose_run, compose_study
 from benchmark.config import RunConfig
 from benchmark.jsonl import atomic_write_json
+from benchmark.workers import Pool
 
 ROOT = Path(benchmark.__path__[0]).parent
 COMMANDS = [
@@ -212,7 +213,7 @@ def test_a_run_that_another_process_holds_is_refused(training: list[RunConfig], 
 def test_an_interrupted_run_exits_with_130(training: list[RunConfig], tmp_path: Path) -> None:
     result = call("run", "grpo", "--seed", "13", "--out", tmp_path)
     assert result.exit_code == 130
-    assert "same command continues" in result.stderr
+    assert "goes on with: rolloutbench" in result.stderr
 
 
 def test_ctrl_c_outside_training_exits_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -293,18 +294,31 @@ def test_study_exit_codes_follow_the_outcome(monkeypatch: pytest.MonkeyPatch, tm
 
         monkeypatch.setattr(study, "run_study", run_study)
 
-    command = ["study", "main_table", "--seeds", "2", "--workers", "3", "--tracking-uri", "http://x"]
+    command = ["study", "main_table", "--seeds", "2", "--workers", "3", "--tracking-uri", "http://me:secret@x"]
+    monkeypatch.setattr(sys, "argv", ["rolloutbench", *command])
+    typed = "rolloutbench study main_table --seeds 2 --workers 3 --tracking-uri 'http://***@x'"
     pretend(study.Outcome(28, 28, {}, False))
     assert call(*command, "--out", tmp_path).exit_code == 0
-    assert given == {"workers": 3, "tracking_uri": "http://x", "folder": tmp_path, "cells": 28}
+    assert given == {
+        "workers": 3,
+        "tracking_uri": "http://me:secret@x",
+        "folder": tmp_path,
+        "cells": 28,
+        "reuse": (),
+        "pool": Pool,
+        "command": typed,
+    }
     assert call(*command, "--no-mlflow").exit_code == 0
     assert (given["tracking_uri"], given["folder"]) == (None, Path("results/main_table"))
     pretend(study.Outcome(27, 28, {"grpo-s0-x": "ValueError: no"}, False))
     failed = call(*command)
     assert failed.exit_code == 1
-    assert "grpo-s0-x: ValueError: no" in failed.stderr
+    assert "grpo-s0-x: ValueError: no (see results/main_table/cells/grpo-s0-x/run.log)" in failed.stderr
+    assert f"run again by: {typed}" in failed.stderr
     pretend(study.Outcome(3, 28, {}, True))
-    assert call(*command).exit_code == 130
+    interrupted = call(*command)
+    assert interrupted.exit_code == 130
+    assert f"goes on with: {typed}" in interrupted.stderr
 
 
 def test_report_and_mirror_act_on_a_study_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -141,6 +141,11 @@ def test_every_value_counts_for_the_run_and_only_the_seed_not_for_the_plan(path:
     assert (run(path, value).plan_hash == run().plan_hash) == (path == "seed")
 
 
+def test_the_name_of_the_study_decides_nothing() -> None:
+    assert run("study", "other") != run()
+    assert (run("study", "other").run_hash, run("study", "other").plan_hash) == (run().run_hash, run().plan_hash)
+
+
 def test_the_hash_is_that_of_documented_canonical_json() -> None:
     text = canonical(run())
     assert json.loads(text) == run().model_dump(mode="json")
@@ -155,6 +160,7 @@ def test_the_hash_is_that_of_documented_canonical_json() -> None:
     amount=st.integers(10_000, 10**12),
     share=st.floats(0, 1),
 )
+@settings(deadline=None)
 def test_a_stored_configuration_reads_back_to_the_same_run(rate: float, seed: int, amount: int, share: float) -> None:
     tree = changed("optimiser.learning_rate", rate, changed("seed", seed, changed("budget.amount", amount)))
     tree["method"]["params"] = {"alpha": share, "nested": {"on": True, "list": [1, 2]}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from analysis import figures_paper as paper
 from analysis.comparisons import Scores
 from analysis.figures import paper_figures, write_paper_figures
-from analysis.palette import styles
+from analysis.palette import ARMS, PHASES, SPARE
 from analysis.plotting import COLUMNS, theme
 from analysis.results import load_study, only
 from analysis.statistics import family_weights
@@ -112,9 +113,61 @@ def test_nothing_is_cut_off_at_the_edges_of_a_column(written: Path) -> None:
         assert edges.min() == 255, f"{path.name} reaches its edge"
 
 
-def test_arms_stay_apart_in_grey(scores: Scores) -> None:
-    looks = styles(scores.study.arms)
-    assert len({(look.marker, look.dash) for look in looks.values()}) == len(looks)
+def luminance(colour: str) -> float:
+    """Relative luminance of a hex colour, as the web content accessibility guidelines define it."""
+    channels = np.array([int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_every_arm_is_readable_in_grey_print() -> None:
+    looks = [*ARMS.values(), *SPARE]
+    faint = [look.colour for look in looks if 1.05 / (luminance(look.colour) + 0.05) < 3]
+    assert faint == [], "3:1 against white is what graphics need"
+    lightness = [116 * luminance(colour) ** (1 / 3) - 16 for colour in PHASES.values()]
+    assert np.abs(np.diff(lightness)).min() > 15, "neighbours in a bar differ without their hue"
+
+
+def test_lines_of_arms_differ_without_their_colours(scores: Scores) -> None:
+    with theme():
+        figures = [paper.performance_profiles(scores), paper_figures(scores)["entropy_and_gradient_norm"]()]
+    for figure in figures:
+        assert figure is not None
+        drawn = [line for line in figure.axes[0].get_lines() if line.get_label() in scores.study.arms]
+        assert len(drawn) == len(scores.study.arms)
+        assert len({(line.get_marker(), str(line.get_linestyle())) for line in drawn} - {("None", "-")}) == len(drawn)
+
+
+def test_both_panels_of_entropy_and_gradient_norm_have_numbers(scores: Scores) -> None:
+    with theme():
+        figure = paper_figures(scores)["entropy_and_gradient_norm"]()
+        assert figure is not None
+        figure.draw_without_rendering()
+    for axis in figure.axes:
+        assert any(label.get_visible() and label.get_text() for label in axis.get_yticklabels())
+
+
+def test_token_entropies_are_those_of_the_first_and_of_the_last_update(tmp_path: Path) -> None:
+    recipe = synthetic.Recipe(
+        arms={"grpo": 0.0, "dynamo": 0.1}, seeds=(0, 1), items=8, steps=6, traced=("Compute 6*7.",)
+    )
+    scores = Scores(load_study(synthetic.make_study(tmp_path, recipe)))
+    found = paper.token_entropies(scores.study)
+    expected: dict[str, list[float]] = {"first": [], "last": []}
+    for cell in (tmp_path / "cells").glob("dynamo-*"):
+        for line in (cell / "traces.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if row["phase"] == "training":
+                moment = "last" if row["step"] == 5 else "first"
+                expected[moment] += [value for rollout in row["rollouts"] for value in rollout["entropy"]]
+    assert expected["first"]
+    assert expected["last"]
+    for moment, values in expected.items():
+        assert sorted(found[moment]["dynamo"]) == sorted(values)
+    with theme():
+        figure = paper.token_entropy(scores)
+    assert figure is not None
+    assert [axis.get_title("left") for axis in figure.axes[:2]] == ["first update", "last update"]
 
 
 def test_a_study_reduced_to_two_arms_has_their_numbers(scores: Scores) -> None:

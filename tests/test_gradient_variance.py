@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from analysis import gradient_variance
 from analysis.gradient_variance import allocations, cosine, ratio_interval, trace_and_square
 from benchmark.history import HistoryView
 
@@ -70,3 +72,13 @@ def test_allocations_spend_the_same_and_agree_where_prompts_are_alike() -> None:
 def test_few_replicates_give_a_finite_interval() -> None:
     samples = np.random.default_rng(5).normal(size=(3, 20))
     assert np.isfinite(ratio_interval(gram(samples), gram(2 * samples))).all()
+
+
+def test_gradients_of_zero_give_no_row_instead_of_a_ratio_of_nothing() -> None:
+    nothing = [torch.zeros(3) for _ in range(4)]
+    some = [torch.tensor([1.0, 0.0, float(i)]) for i in range(4)]
+    assert gradient_variance._row(("variance", "raw"), {("uniform", "raw"): nothing, ("variance", "raw"): some}) is None
+    assert gradient_variance._row(("variance", "raw"), {("uniform", "raw"): some, ("variance", "raw"): nothing}) is None
+    lone = [torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.ones(3)]
+    assert gradient_variance._row(("uniform", "raw"), {("uniform", "raw"): lone}) is None
+    assert gradient_variance._row(("uniform", "raw"), {("uniform", "raw"): some}) is not None

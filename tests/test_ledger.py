@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,23 @@ def test_flops_of_a_token() -> None:
     prices = Prices(parameters=10)
     assert prices.forward(3) == 60
     assert prices.backward(3) == 120
+
+
+def test_every_row_is_chained_to_the_one_before(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    charge_some(ledger)
+    lines = ledger.path.read_text().splitlines()
+    head = ""
+    for line in lines:
+        body, _, rest = line.rpartition(',"hash":')
+        head = hashlib.sha256(f"{head}{body}}}".encode()).hexdigest()
+        assert rest == f'"{head}"}}'
+    assert ledger.head == head
+
+
+def test_a_ledger_begun_without_a_chain_goes_on_without_one(tmp_path: Path) -> None:
+    state = Ledger(tmp_path / "ledger.jsonl").state()
+    del state["head"]
+    old = Ledger.restore(tmp_path / "ledger.jsonl", state)
+    charge_some(old)
+    assert not any("hash" in row for row in read_rows(old.path)[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from analysis.comparisons import Scores
 from analysis.figures_sweep import arm_of, best_settings, load_trials
 from analysis.from_mlflow import bring_tables, load_from_mlflow
-from analysis.notebook import locate, open_study, open_variance, tables
+from analysis.notebook import locate, open_study, open_sweep, open_variance, tables
 from analysis.notebook_runner import NOTEBOOKS, RESULTS
 from analysis.results import load_study
 from benchmark.cli import app
@@ -25,6 +26,8 @@ from benchmark.compose import compose_run
 from benchmark.errors import InputError
 from benchmark.layers import dump
 from benchmark.mirror import Mirror
+from benchmark.sweep import run_sweep
+from benchmark.sweep_space import read_sweep
 
 sys.path.append(str(Path(__file__).parent))
 synthetic: Any = importlib.import_module("synthetic_results")
@@ -45,7 +48,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             config = compose_run(cell["arm"], scale="smoke", seed=cell["seed"], options=["evaluation.k=[1,8,32]"])
             (study / cell["dir"] / "config.yaml").write_text(dump(config))
     _variance(folder / "variance")
-    _sweep(folder / "sweep")
+    _sweep(folder / "sweeps" / "modulation")
     return folder
 
 
@@ -70,7 +73,7 @@ def _sweep(folder: Path) -> None:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    folder.mkdir()
+    folder.mkdir(parents=True)
     storage = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
     for arm in ("grpo", "dynamo"):
         sampler = optuna.samplers.RandomSampler(seed=1)
@@ -146,10 +149,10 @@ def test_figures_runs_every_notebook_that_has_results(
     monkeypatch.setattr("analysis.notebook_runner.execute", execute)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://store")
     given = {"source": "files", "tracking_uri": "http://store"}
-    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweeps" / "modulation").mkdir(parents=True)
     (tmp_path / "ablation").mkdir()
     done = CliRunner().invoke(app, ["figures", str(tmp_path)])
-    assert seen == [("ablation", "ablation", given), ("sweep", "sweep", {})]
+    assert seen == [("ablation", "ablation", given), ("sweep", "modulation", given)]
     assert done.stdout.count("skipped: ") == 3
     nothing = CliRunner().invoke(app, ["figures", str(tmp_path / "empty")])
     assert nothing.exit_code == 2
@@ -223,10 +226,28 @@ def test_results_are_found_from_a_folder_below(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_sweep_is_read_by_arm(results: Path) -> None:
-    trials = load_trials(results / "sweep")
+    trials = load_trials(results / "sweeps" / "modulation")
     assert trials.groupby("arm").size().to_dict() == {"dynamo": 4, "grpo": 4}
     best = best_settings(trials).set_index("arm")
     assert best.loc["grpo", "default"] == pytest.approx(0.598)
     assert best.loc["grpo", "best"] == trials.loc[trials["arm"] == "grpo", "value"].max()
     assert arm_of("grpo") == "grpo"
     assert arm_of("a/b/dr_grpo deadbeef") == "dr_grpo"
+
+
+def test_trials_from_the_journal_the_table_and_mlflow_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
+    fakes: Any = importlib.import_module("fake_sweep")
+    folder, uri = tmp_path / "modulation", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    asked = read_sweep(ROOT / "configs" / "sweeps" / "modulation.yaml", trials=3)
+    outcome = run_sweep(asked, folder, workers=1, run=fakes.train, prepare_policy=lambda _: None)
+    assert outcome.final is not None
+    assert Mirror(uri, folder, "modulation").close()
+    journal = open_sweep(str(folder), "files", uri)
+    assert len(journal) == 3 * len(asked.config.arms)
+    mirrored = open_sweep("results/sweeps/modulation", "mlflow", uri)
+    (folder / "journal.log").unlink()
+    table = open_sweep(str(folder), "files", uri)
+    for other in (table, mirrored):
+        other = other.sort_values(["arm", "trial"], ignore_index=True)
+        pd.testing.assert_frame_equal(journal, other, check_like=True, check_exact=False, check_dtype=False)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from benchmark import checkpoint, jsonl
 from benchmark import run as run_module
 from benchmark.cells import LeaseLostError, claim
+from benchmark.collect import Collector
 from benchmark.config import ArchitectureConfig, RunConfig
 from benchmark.errors import InputError, StorageError
 from benchmark.jsonl import Record, append_rows, fingerprint, read_rows, restart
@@ -184,6 +186,37 @@ def test_a_process_killed_just_after_its_last_file_leaves_nothing_behind(
     assert_equal(whole, out)
 
 
+# --- Ctrl-C ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_once_finishes_the_step_and_saves_twice_stops_at_once(
+    config: RunConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    out, collect, after = tmp_path / "run", Collector.collect, []
+
+    def pressed(self: Collector, step: int) -> Any:
+        batch = collect(self, step)
+        for _ in range(times if step == 1 else 0):
+            signal.raise_signal(signal.SIGINT)
+        after.append(step)
+        return batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Collector, "collect", pressed)
+        if times == 1:
+            assert run_single(config, out).interrupted
+        else:
+            with pytest.raises(KeyboardInterrupt):  # the command line makes exit code 130 of both
+                run_single(config, out)
+    assert after == ([0, 1] if times == 1 else [0])
+    assert json.loads((out / "progress.json").read_text())["state"] == "interrupted"
+    newest = max(path.name for path in (out / "checkpoint").iterdir())
+    assert newest.startswith("step-000002" if times == 1 else "step-000000")
+    assert not run_single(config, out).interrupted
+    assert_equal(whole, out)
+
+
 # --- records --------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +245,53 @@ def test_a_sleeper_cannot_write_into_the_record_of_the_next_owner(tmp_path: Path
     with pytest.raises(StorageError, match="replaced"):
         sleeper.append([{"row": 2}])
     assert read_rows(path)[0] == [{"row": 0}, {"row": 1, "by": "heir"}]
+
+
+@pytest.mark.parametrize("moment", ["before", "while it writes"])
+@pytest.mark.parametrize("size", [0, 10])
+def test_a_sleeper_in_the_middle_of_a_restart_leaves_the_finished_record_of_its_heir_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, size: int
+) -> None:
+    """It had read how much to keep, and slept; meanwhile the heir took over and finished."""
+    path, result, fsync = tmp_path / "ledger.jsonl", tmp_path / "result.json", os.fsync
+    append_rows(path, [{"row": 0}])
+
+    def heir() -> None:
+        monkeypatch.setattr(jsonl.os, "fsync", fsync)
+        restart(path, 10)
+        append_rows(path, [{"row": 1}])
+        result.touch()
+
+    def sleep(descriptor: int) -> None:
+        heir()
+        fsync(descriptor)
+
+    if moment == "before" or not size:
+        heir()
+    else:
+        monkeypatch.setattr(jsonl.os, "fsync", sleep)
+    with pytest.raises(StorageError, match="taken over by another process"):
+        restart(path, size, done=result)
+    assert read_rows(path)[0] == [{"row": 0}, {"row": 1}]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("size", [0, 10])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_sleeper_between_restart_and_its_first_row_does_not_write_into_the_record_of_its_heir(
+    tmp_path: Path, size: int, begun: bool
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    if begun:
+        append_rows(path, [{"row": 0}])
+    sleeper = restart(path, size)
+    heir = restart(path, size)
+    heir.append([{"row": 1}])
+    whole = path.read_bytes()
+    with pytest.raises(StorageError, match="deleted or replaced"):
+        sleeper.append([{"row": 1, "by": "sleeper"}])
+    assert path.read_bytes() == whole
+    heir.append([{"row": 2}])
 
 
 # --- full, read-only and vanished disks -----------------------------------------------------------------------

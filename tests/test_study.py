@@ -24,7 +24,7 @@ from scipy import stats
 from benchmark import study as study_module
 from benchmark.cells import Cell, claim
 from benchmark.compose import Plan, compose_study
-from benchmark.errors import InputError
+from benchmark.errors import InputError, StorageError
 from benchmark.estimate import detectable_difference, estimate, paired_sd
 from benchmark.jsonl import atomic_write_text
 from benchmark.layers import dump
@@ -104,6 +104,12 @@ def order(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "order.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def test_a_launcher_of_several_processes_cannot_start_a_study(go: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE"):
+        go(lambda: None)
+
+
 # -- a study that goes well ----------------------------------------------------------------------------------
 
 
@@ -128,6 +134,44 @@ def test_only_missing_cells_run(go: Recorder, fakes: ModuleType) -> None:
     assert go(fakes.finish).done == 6
     assert ("grpo", 1) not in {(row["arm"], row["seed"]) for row in order(go.folder)}
     assert len(order(go.folder)) == 5
+
+
+def test_runs_of_another_study_are_taken_over_where_equal(go: Recorder, fakes: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "other.yaml"
+    atomic_write_text(path, STUDY.replace("pair", "other").replace("[grpo, rloo]", "[grpo, rloo, dapo]"))
+    other = Recorder(compose_study(str(path), seeds=2), tmp_path / "others")
+    assert other(fakes.finish).done == 6
+    unfinished = other.cells("rloo")[1].folder
+    (unfinished / "result.json").unlink()
+    assert go(fakes.finish, reuse=[other.folder]) == Outcome(6, 6, {}, False)
+    ran = {(row["arm"], row["seed"]) for row in order(go.folder)}
+    assert ran == {("rloo", 1), ("grpo", 2), ("rloo", 2)}
+    taken, source = go.cells("rloo")[0].folder, other.cells("rloo")[0].folder
+    for name in ("result.json", "evaluation.jsonl", "config.yaml"):
+        assert (taken / name).read_bytes() == (source / name).read_bytes()
+    assert json.loads((taken / "origin.json").read_text()) == {"folder": str(source)}
+    assert not (go.cells("rloo")[1].folder / "origin.json").exists()
+    assert "3 cells taken over" in go.console.export_text()
+
+
+def test_a_copy_cut_short_is_run_and_a_copy_of_nothing_refused(
+    go: Recorder, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert go(fakes.finish).done == 6
+    other = Recorder(go.plan, tmp_path / "others")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", full)
+        with pytest.raises(StorageError, match="No space"):
+            other(fakes.finish, reuse=[go.folder])
+    assert all(cell.result() is None for cell in other.cells("grpo"))
+    assert other(fakes.finish, reuse=[go.folder]).done == 6
+    assert not (other.folder / "order.jsonl").exists()
+    with pytest.raises(InputError, match="no runs of a study there"):
+        other(fakes.finish, reuse=[tmp_path])
 
 
 def test_more_seeds_keep_the_cells_of_fewer(go: Recorder, fakes: ModuleType, tmp_path: Path) -> None:

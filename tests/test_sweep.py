@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ from benchmark.compose import compose_run, find
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_text, read_rows
 from benchmark.layers import read_yaml
-from benchmark.sweep import SweepOutcome, all_trials, final_plan, ranked, run_sweep
+from benchmark.sweep import SweepOutcome, all_trials, final_plan, ranked, run_sweep, write_plan
 from benchmark.sweep_space import Sweep, read_sweep, value_at
 from benchmark.sweep_storage import JOURNAL, open_storage, prepare, sampler, study_name
 from benchmark.sweep_trial import Trial
@@ -350,6 +351,9 @@ def test_a_failure_shows_in_report_exit_code_log_and_command(
     report = (folder / "REPORT.md").read_text()
     assert "Trial grpo-t002 failed (ValueError: broken today; log: `trials/grpo-t002/run.log`)" in report
     assert "not tuned alike" in report
+    assert f"run again by: `rolloutbench {shlex.join(command)}`" in report
+    shown = CliRunner().invoke(cli.app, ["status", str(folder)]).output
+    assert "failed: grpo-t002: ValueError: broken today (see trials/grpo-t002/run.log)" in shown
     drawn = json.loads((folder / "trials" / "grpo-t002" / "trial.json").read_text())["point"]
     (folder / "mended").touch()
     assert CliRunner().invoke(cli.app, command).exit_code == 0
@@ -469,5 +473,29 @@ def test_the_plan_serves_status(tmp_path: Path, fakes: ModuleType) -> None:
     swept(written(tmp_path), folder, fakes.train)
     result = CliRunner().invoke(cli.app, ["status", str(folder), "--json"])
     assert result.exit_code == 0
-    assert json.loads(result.output)["counts"]["done"] == 20
+    found = json.loads(result.output)
+    assert found["counts"]["done"] == 20
+    shown = CliRunner().invoke(cli.app, ["status", str(folder)]).output
+    best = load_sweep(folder).tuned("dynamo")
+    assert f"dynamo-t{best:03d}" in shown
+    (line,) = [line for line in shown.splitlines() if line.split()[:1] == ["grpo"]]
+    assert line.split()[1] == "10"
+
+
+def test_what_has_no_setting_yet_waits_in_the_plan(tmp_path: Path, fakes: ModuleType) -> None:
+    folder = tmp_path / "out"
+    sweep = read_sweep(written(tmp_path))
+    trials = all_trials(sweep, folder)
+    prepare(sweep, folder, None, trials[0].identity)
+    for trial in trials[:3]:
+        trial.execute(fakes.train, lambda: False)
+    write_plan(sweep, trials, folder, "rolloutbench sweep tiny")
+    found = json.loads(CliRunner().invoke(cli.app, ["status", str(folder), "--json"]).output)
+    assert (found["counts"]["done"], found["counts"]["waiting"]) == (6, 14)
+    assert (found["spent"], found["planned"]) == (6 * 10_000, 20 * 10_000)
+
+
+def test_sweep_file_is_kept(tmp_path: Path, fakes: ModuleType) -> None:
+    folder = tmp_path / "out"
+    swept(written(tmp_path), folder, fakes.train)
     assert yaml.safe_load((folder / "sweep.yaml").read_text())["trials"] == 5

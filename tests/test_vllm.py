@@ -1,7 +1,7 @@
 """The real vLLM engine on a CPU: what it samples, that new weights reach it, and whole runs on it.
 
-`nox -s tests_vllm` installs it; elsewhere these tests are skipped. Tolerance: log-probabilities of vLLM in float32 are
-within 1e-4 nats of the trainer's forward (seen: below 1e-5).
+`nox -s tests_vllm`, which `tests_slow` ends with, installs it; elsewhere these tests are skipped. Tolerance:
+log-probabilities of vLLM in float32 are within 1e-4 nats of the trainer's forward (seen: below 1e-5).
 """
 
 from __future__ import annotations

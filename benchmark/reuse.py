@@ -1,0 +1,64 @@
+"""Finished runs of other studies that are runs of this one as well: same configuration, hence the same bytes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmark.cells import Cell, claim
+from benchmark.errors import InputError, storing
+from benchmark.jsonl import atomic_write_json
+
+ORIGIN = "origin.json"
+_LAST = "result.json"
+_OWN = {"lease", "checkpoint", "failure.json", _LAST}
+
+
+def take_over(cells: Sequence[Cell], studies: Sequence[Path]) -> list[Cell]:
+    """Copy into `cells` what is finished in other `studies`; the first that has a run gives it.
+
+    A run's identity leaves the study's name out, so what is copied is what training would have written, measured
+    seconds apart. ``origin.json`` in the copy names the folder it came from.
+
+    Returns:
+        The cells that were filled.
+
+    Raises:
+        InputError: a folder of `studies` has no cells.
+        StorageError: a copy cannot be written.
+    """
+    for study in studies:
+        if not (study / "cells").is_dir():
+            raise InputError(
+                "no runs of a study there", key="--reuse", value=str(study), remedy="Give the results folder of a study"
+            )
+    return [cell for cell in cells if any(_copy(study / "cells" / cell.folder.name, cell) for study in studies)]
+
+
+def _copy(source: Path, cell: Cell) -> bool:
+    if source.resolve() == cell.folder.resolve() or cell.result() is not None:
+        return False
+    if Cell(cell.config, source).result() is None:
+        return False
+    lease = claim(cell.folder)
+    if lease is None:
+        return False
+    with lease, storing(cell.folder):
+        for part in source.iterdir():
+            if part.name not in _OWN:
+                _replace(part, cell.folder / part.name)
+        if not (source / ORIGIN).exists():
+            atomic_write_json(cell.folder / ORIGIN, {"folder": str(source)})
+        # Written last, as in a run: until then the cell counts as missing.
+        shutil.copyfile(source / _LAST, cell.folder / f".{_LAST}")
+        (cell.folder / f".{_LAST}").replace(cell.folder / _LAST)
+    return True
+
+
+def _replace(part: Path, target: Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(part, target)
+    else:
+        shutil.copyfile(part, target)
