@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from analysis.all_action import Tabular, guessing
 from analysis.forgetting import Mean, forgetting, only
 from analysis.low_rank import shapes
+from analysis.verifier_noise import compare, half_dead
 from benchmark.compose import compose_run
 from benchmark.pricing import ShapeConfig, attention_flops, low_rank_saving
 from benchmark.problems import load_task
@@ -117,3 +120,33 @@ def test_a_whole_probe_says_every_moment_and_family() -> None:
         # A mean that keeps nothing is the policy itself; one that keeps everything is where the phase began.
         assert table["then products, EMA 0", family] == table["then products", family]
         assert table["then products, EMA 1", family] == table["after sum_long", family]
+
+
+# -- a verifier that errs
+
+
+def test_label_noise_feeds_dead_prompts() -> None:
+    """Two dead prompts, two at 1/2, e = .1: deviations .3 and .5, so 3 of 8 rollouts go to what teaches nothing."""
+    p = np.array([0.0, 1.0, 0.5, 0.5])
+    found = compare(p, 0.1)
+    variances = np.array([0.09, 0.09, 0.25, 0.25])
+    assert found["uniform"] == (0.5, 1.0)
+    share, noise = found["standard deviation"]
+    assert share == pytest.approx(3 / 8)
+    assert noise == pytest.approx(np.sqrt(variances).sum() ** 2 / (4 * variances.sum()))
+    assert found["variance"][0] == pytest.approx(0.09 / 0.34)
+    # Of the oracle's sum only the living are left: (2 x .5)^2 over 4 x .68.
+    assert found["oracle"] == pytest.approx((0.0, 1 / (4 * 0.68)))
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.floats(0.01, 0.4))
+def test_the_released_rule_gains_nothing_once_no_prompt_looks_dead(rates: list[float], flip_rate: float) -> None:
+    found = compare(np.array([*rates, 0.3]), flip_rate)
+    assert found["variance"][1] == pytest.approx(1.0)
+    assert found["oracle"][1] <= found["standard deviation"][1] + 1e-12 <= 1 + 2e-12
+
+
+def test_without_noise_neyman_is_the_oracle() -> None:
+    found = compare(half_dead(), 0.0)
+    assert found["standard deviation"] == found["oracle"]
+    assert found["oracle"][0] == 0.0
