@@ -163,14 +163,12 @@ class Run:
         train, held_out = load_task(config.task, out / "contamination.jsonl")
         self.data = {"train": digest(train), "evaluation": digest(held_out)}
         self.verifier = Verifier(answer_form=config.task.answer_form)
-        pool = Pool.of(train, policy, config.seed, device)
         rollout, temperature = config.rollout, config.evaluation.temperature
-        held_out_pool = Pool.of(held_out, policy, config.seed, device)
+        pool, held_out_pool = (Pool.of(items, policy, config.seed, device) for items in (train, held_out))
         self.evaluator = Evaluator(held_out_pool, self.backend, self.verifier, rollout.max_tokens, temperature)
         self.budget = Budget(config.budget.currency, config.budget.amount)
         self.history = PromptHistory(len(train), self.method.half_life)
-        self.prices = Prices(policy.size)
-        self.past = Past(rollout.staleness)
+        self.prices, self.past = Prices(policy.size), Past(rollout.staleness)
         self.step, self.points, self.elapsed, self.seconds = 0, 0, 0.0, dict[str, float]()
         self.saved: tuple[int, int] | None = None  # step and points of the newest checkpoint
         self.save_after = time.monotonic() + CHECKPOINT_SECONDS
