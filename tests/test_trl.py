@@ -71,8 +71,9 @@ def trl(policy: str, tmp_path: Path) -> Any:
     with ExitStack() as stack:
 
         def make(arm: str, params: dict[str, Any], **changes: Any) -> tuple[Run, TRL]:
-            run = Run(make_config(policy, arm, params, **changes), tmp_path / f"{len(list(tmp_path.iterdir()))}", print)
-            run.out.mkdir()
+            folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+            folder.mkdir()
+            run = Run(make_config(policy, arm, params, **changes), folder, print)
             stack.enter_context(run.verifier)
             assert isinstance(run.engine, TRL)
             return run, run.engine
