@@ -22,7 +22,7 @@ from benchmark.method import Method, Probe
 from benchmark.policy import Policy
 from benchmark.probing import alignment, gradient_norms, halves
 from benchmark.rollouts import Rollouts, concatenate, merge
-from benchmark.verdict import Verdict, reward
+from benchmark.verdict import Verdict, flipped, reward
 from benchmark.verifier import Verifier
 
 
@@ -41,6 +41,7 @@ class Collector:
     config: RolloutConfig
     clock: Clock
     place: int = 0  # prompts consumed from the pool's sequence
+    flip_rate: float = 0.0  # chance that a verdict is the opposite (`VerifierConfig`)
 
     @property
     def policy(self) -> Policy:
@@ -293,7 +294,12 @@ class Collector:
         with self.clock.phase(phases[1]):
             texts = self.policy.decode(rollouts.texts())
             golds = [self.pool.items[prompts[p]].answer for p in rollouts.prompt.tolist()]
-            return rollouts, ranks.divided(self.verifier.verify_rollouts, golds, texts, rollouts.finished.tolist())
+            verdicts = ranks.divided(self.verifier.verify_rollouts, golds, texts, rollouts.finished.tolist())
+        if self.flip_rate and "oracle" not in phases:
+            noise = self.pool.stream_keys(f"{purpose} verdict", step, epoch, prompts)
+            flips = streams.uniforms(np.repeat(noise, counts), lanes, 1)[:, 0] < self.flip_rate
+            verdicts = flipped(verdicts, flips.tolist())
+        return rollouts, verdicts
 
     def _allocate(self, seen: HistoryView, budget: int, step: int) -> NDArray[np.int64]:
         rng = streams.generator(self.pool.seed, "allocate", step, self.place)

@@ -17,7 +17,7 @@ from benchmark.errors import InputError
 from benchmark.layers import Layer, did_you_mean, read_options, read_yaml, validate
 from benchmark.pricing import PricingConfig
 
-SHARED = ("policy", "task", "rollout", "optimiser", "backend", "budget", "evaluation")
+SHARED = ("policy", "task", "rollout", "verifier", "optimiser", "backend", "budget", "evaluation")
 KINDS = {"studies": "study", "scales": "scale", "tasks": "task", "sweeps": "sweep"}
 OF_STUDY = ("seeds", "gradient_variance_replicates")  # what a scale may set of the study itself
 PRICING = "pricing"  # what a scale's dry run assumes; no part of a run

@@ -176,12 +176,29 @@ class TaskConfig(Model):
 
 
 class RolloutConfig(Model):
-    """Sampling of training rollouts: full softmax at `temperature`, at most `max_tokens` tokens."""
+    """Sampling of training rollouts: full softmax at `temperature`, at most `max_tokens` tokens.
+
+    Attributes:
+        staleness: rollouts come from the policy of so many steps ago (`benchmark.staleness`).
+    """
 
     prompts_per_batch: Count = 64
     rollouts_per_prompt: Count = 8
     max_tokens: Count = 48
     temperature: Positive = 1.0
+    # Where it is off it is no part of a run's identity; so too the verifier's section.
+    staleness: Annotated[int, Field(ge=0, exclude_if=lambda steps: steps == 0)] = 0
+
+
+class VerifierConfig(Model):
+    """How far training can trust the verifier.
+
+    Attributes:
+        flip_rate: chance that a training verdict is the opposite, correct or wrong, drawn by prompt and rollout so that
+            all arms meet the same errors. Evaluation and oracles are told the truth.
+    """
+
+    flip_rate: Fraction = 0.0
 
 
 class OptimiserConfig(Model):
@@ -248,6 +265,9 @@ class RunConfig(Model):
     policy: PolicyConfig = PolicyConfig()
     task: TaskConfig
     rollout: RolloutConfig = RolloutConfig()
+    verifier: Annotated[VerifierConfig, Field(exclude_if=lambda section: section == VerifierConfig())] = (
+        VerifierConfig()
+    )
     optimiser: OptimiserConfig = OptimiserConfig()
     backend: BackendConfig = BackendConfig()
     budget: BudgetConfig
@@ -269,6 +289,9 @@ class RunConfig(Model):
         rollout, prompts = self.rollout, self.rollout.prompts_per_batch
         if self.backend.name == "native" and self.policy.lora is not None:
             raise fault("policy.lora", "the native backend trains all weights", "Set backend.name: transformers")
+        if self.backend.name != "native" and rollout.staleness:
+            what = f"the {self.backend.name} backend samples from the newest policy"
+            raise fault("rollout.staleness", what, "Set it to 0, or backend.name: native", "backend.name")
         if self.optimiser.minibatches_per_batch > prompts:
             raise fault(
                 "optimiser.minibatches_per_batch",

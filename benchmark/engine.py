@@ -34,7 +34,10 @@ class Native:
 
     def step(self, step: int) -> tuple[Batch, dict[str, float]]:
         """Collect, then update if any group trains."""
-        batch = self.collector.collect(step)
+        past, policy = self.updater.past, self.collector.policy
+        past.advance(policy)
+        with past.sampling(policy):
+            batch = self.collector.collect(step)
         self.collector.backend.rest()
         return batch, self.updater.update(step, batch) if len(batch.rollouts) else {}
 

@@ -57,6 +57,9 @@ class TRL:
     """One `GRPOTrainer` per size of batch, all on the run's model and optimiser."""
 
     def __init__(self, collector: Collector, updater: Updater) -> None:
+        for key, value in (("rollout.staleness", updater.past.steps), ("verifier.flip_rate", collector.flip_rate)):
+            if value:
+                raise InputError("TRL's trainer does not know it", key=key, value=value, remedy="Leave TRL's arms out")
         if ranks.size() > 1:
             what = "TRL's trainer divides a batch among processes in its own way, off the harness's account"
             raise InputError(

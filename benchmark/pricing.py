@@ -7,6 +7,8 @@ reads its prompt anew.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from benchmark.config import RunConfig
 from benchmark.ledger import Prices
 from benchmark.schema import Count, Fraction, Model, Positive
@@ -92,6 +94,29 @@ def closed_form(config: RunConfig, assumed: PricingConfig) -> dict[str, float]:
     amounts["evaluation_tokens"] = samples * answer / config.budget.amount
     amounts["disk_bytes"] = 4.0 * assumed.shape.parameters / config.budget.amount
     return amounts
+
+
+def attention_flops(shape: ShapeConfig, context: float, ranks: Sequence[float] | None = None) -> float:
+    """FLOPs of a token's attention scores and of mixing values, forward, with `context` tokens before it.
+
+    2 for every product of a query with a key and of a weight with a value: ``4 d c`` a layer. The ledger leaves this
+    out. With `ranks`, one a layer, the c keys and values are replaced by r combinations of them where that is fewer;
+    making and choosing the combinations is taken as free, so this is the least that low-rank attention can cost.
+
+    Raises:
+        ValueError: `ranks` does not have one rank a layer.
+    """
+    reached = [context] * shape.layers if ranks is None else [min(rank, context) for rank in ranks]
+    if len(reached) != shape.layers:
+        raise ValueError(f"{len(reached)} ranks for {shape.layers} layers: give one each")
+    return float(4 * shape.hidden_size * sum(reached))
+
+
+def low_rank_saving(shape: ShapeConfig, context: float, rank: float) -> float:
+    """Most of a token's forward FLOPs that attention of this rank in every layer can save, as a fraction."""
+    full = attention_flops(shape, context)
+    saved = full - attention_flops(shape, context, [rank] * shape.layers)
+    return saved / (Prices(shape.multiplied).forward(1) + full)
 
 
 def assumptions(assumed: PricingConfig) -> str:

@@ -38,6 +38,7 @@ from benchmark.probing import prompt_features
 from benchmark.problems import digest, load_task
 from benchmark.result import result_of
 from benchmark.source import code_state
+from benchmark.staleness import Past
 from benchmark.step_metrics import allocation_row, rollout_metrics
 from benchmark.trace import EvaluationTrace, Trace
 from benchmark.update import Updater, make_optimiser
@@ -162,13 +163,12 @@ class Run:
         train, held_out = load_task(config.task, out / "contamination.jsonl")
         self.data = {"train": digest(train), "evaluation": digest(held_out)}
         self.verifier = Verifier(answer_form=config.task.answer_form)
-        pool = Pool.of(train, policy, config.seed, device)
         rollout, temperature = config.rollout, config.evaluation.temperature
-        held_out_pool = Pool.of(held_out, policy, config.seed, device)
+        pool, held_out_pool = (Pool.of(items, policy, config.seed, device) for items in (train, held_out))
         self.evaluator = Evaluator(held_out_pool, self.backend, self.verifier, rollout.max_tokens, temperature)
         self.budget = Budget(config.budget.currency, config.budget.amount)
         self.history = PromptHistory(len(train), self.method.half_life)
-        self.prices = Prices(policy.size)
+        self.prices, self.past = Prices(policy.size), Past(rollout.staleness)
         self.step, self.points, self.elapsed, self.seconds = 0, 0, 0.0, dict[str, float]()
         self.saved: tuple[int, int] | None = None  # step and points of the newest checkpoint
         self.save_after = time.monotonic() + CHECKPOINT_SECONDS
@@ -192,6 +192,7 @@ class Run:
             rollout,
             self.clock,
             self.place,
+            config.verifier.flip_rate,
         )
         self.updater = Updater(
             self.method,
@@ -206,6 +207,7 @@ class Run:
             updates=self.updates,
             signal=self.signal,
             trace=self.trace,
+            past=self.past,
         )
         self.engine = engine.load(self.method.engine)(self.collector, self.updater)
 
@@ -309,6 +311,7 @@ class Run:
             "records": {name: fingerprint(self.out / name) for name in RECORDS},
         }
         history = {name: torch.from_numpy(values) for name, values in self.history.state().items()}
+        history |= self.past.state()
         checkpoint.save(self.out / "checkpoint", self.policy, self.optimiser, history, state)
         now = time.monotonic()
         self.saved = (self.step, self.points)
@@ -329,6 +332,7 @@ class Run:
         file, state = found
         history = checkpoint.load(file, self.policy, self.optimiser)
         self.history.restore({name: values.numpy() for name, values in history.items()})
+        self.past.restore(history, self.policy)
         self.step, self.place, self.points = state["step"], state["place"], state["points"]
         self.saved = (self.step, self.points)
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from benchmark import registry
 from benchmark.cells import Cell, LeaseLostError, RunCell, claim, owner, read_json
 from benchmark.compose import Plan
-from benchmark.config import RunConfig, digest
+from benchmark.config import ArmConfig, RunConfig, digest
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_json
 from benchmark.progress import Bar, Display
@@ -77,6 +77,12 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
+def changes_of(arm: ArmConfig) -> list[str]:
+    """What an arm changes, the main change first: its method's, and the loss where its parameters reach into that."""
+    changes = registry.describe(arm.name).changes
+    return changes + ["loss"] * ("loss" in arm.params and "loss" not in changes)
+
+
 def plan_record(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
     """What ``plan.json`` says: the question, what would answer it, and every cell with its folder."""
     study, first = plan.study, plan.runs[0]
@@ -91,7 +97,7 @@ def plan_record(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         "task": first.task.name,
         "families": list(first.task.families),
         "arms": [arm.label for arm in study.arms],
-        "changes": {arm.label: registry.describe(arm.name).changes for arm in study.arms},
+        "changes": {arm.label: changes_of(arm) for arm in study.arms},
         "seeds": list(study.seeds),
         "reference": study.reference,
         "cells": [

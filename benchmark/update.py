@@ -25,6 +25,7 @@ from benchmark.numerics import Checks, Minibatch, require, sound
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts, ragged_index
 from benchmark.scoring import TokenStatistics, vocabulary_statistics
+from benchmark.staleness import Past
 from benchmark.trace import Trace
 
 
@@ -63,6 +64,7 @@ class Updater:
     updates: int = 0
     signal: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # running weight, product, square
     trace: Trace | None = None
+    past: Past = field(default_factory=Past)
 
     def update(self, step: int, batch: Batch) -> dict[str, float]:
         """Train on `batch`; returns metrics of the step.
@@ -127,11 +129,13 @@ class Updater:
 
     def _sampler(self, step: int, rollouts: Rollouts) -> Head:
         """The output layer of the policy that sampled, at every token of the batch; one more forward pass."""
-        parts = self._score_ahead(step, rollouts, self.backend.split(rollouts, ranks.size()))
-        heads = [part.head for part in parts if part.head is not None]
+        with self.past.sampling(self.backend.policy):
+            parts = self._score_ahead(step, rollouts, self.backend.split(rollouts, ranks.size()))
+            heads = [part.head for part in parts if part.head is not None]
+            weight = heads[0].weight.detach().clone()
         hidden = torch.cat([head.hidden for head in heads])
         # The updates of this batch change the head in place.
-        return replace(heads[0], hidden=hidden, weight=heads[0].weight.detach().clone(), token=rollouts.tokens)
+        return replace(heads[0], hidden=hidden, weight=weight, token=rollouts.tokens)
 
     def _minibatch(self, prompts: Tensor, batch: Minibatch, metrics: Averages) -> None:
         step, part, sampler = batch.step, batch.rollouts, batch.sampler

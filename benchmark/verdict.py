@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 
@@ -20,3 +21,9 @@ class Verdict(StrEnum):
 def reward(verdict: Verdict) -> float:
     """1.0 for a correct rollout, else 0.0."""
     return 1.0 if verdict is Verdict.CORRECT else 0.0
+
+
+def flipped(verdicts: Sequence[Verdict], flips: Sequence[bool]) -> list[Verdict]:
+    """Verdicts of a verifier that errs where it `flips`: a correct rollout counts as wrong, any other as correct."""
+    opposite = (Verdict.WRONG if verdict is Verdict.CORRECT else Verdict.CORRECT for verdict in verdicts)
+    return [other if flip else verdict for verdict, other, flip in zip(verdicts, opposite, flips, strict=True)]

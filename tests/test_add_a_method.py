@@ -110,7 +110,7 @@ def test_the_folder_of_a_new_method_cannot_be_taken_for_its_module(
 @pytest.mark.slow
 def test_the_example_and_a_new_method_train_and_appear_in_a_table(tmp_path: Path) -> None:
     shell = install(copied(EXAMPLE, tmp_path), tmp_path)
-    assert "12 of 12 checks hold" in shell.rolloutbench("check", "sign_advantage")
+    assert "14 of 14 checks hold" in shell.rolloutbench("check", "sign_advantage")
     shell.rolloutbench("study", EXAMPLE / "sign_study.yaml", *TINY)
     assert arms_in_table(shell, "sign_study") == {"grpo", "sign_advantage", "sign_half"}
     package = tmp_path / "my_method"

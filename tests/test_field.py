@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -255,3 +257,20 @@ def test_shrinkage_needs_no_second_group() -> None:
     one = Groups(torch.zeros(3, dtype=torch.int64), 1, torch.tensor([1.0, 0.0, 0.0]), LENGTH[:3], LENGTH[:3] == 0, 10)
     found: Tensor = registry.build("shrinkage", {}).credit(one)
     assert found.tolist() == pytest.approx([1.0, -0.5, -0.5])
+
+
+def test_the_table_of_arms_lists_every_arm_with_its_changes() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    said = {name: (place, row) for row in rows for place, name in enumerate(re.findall(r"`(\w+)`", row[0]))}
+    for name in registry.names():
+        cls = registry.load(name)
+        if not cls.__module__.startswith(("baselines.", "methods.")):
+            continue
+        place, row = said[name]
+        if cls.kind == "control":
+            continue
+        told = row[1].split("; ")
+        changes = told[min(place, len(told) - 1)]
+        if not changes.startswith("("):
+            assert [change.strip() for change in changes.split(",")] == list(cls.changes), name

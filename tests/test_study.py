@@ -24,12 +24,13 @@ from scipy import stats
 from benchmark import study as study_module
 from benchmark.cells import Cell, claim
 from benchmark.compose import Plan, compose_study
+from benchmark.config import ArmConfig
 from benchmark.errors import InputError, StorageError
 from benchmark.estimate import detectable_difference, estimate, paired_sd
 from benchmark.jsonl import atomic_write_text
 from benchmark.layers import dump
 from benchmark.progress import Bar, Display, TimeLeft, duration, short
-from benchmark.study import Outcome, bars, run_study
+from benchmark.study import Outcome, bars, changes_of, run_study
 from benchmark.workers import WorkersFailedError, default_workers
 
 STUDY = """\
@@ -196,6 +197,8 @@ def test_the_plan_says_what_was_asked_before_anything_ran(go: Recorder, fakes: M
     assert plan["claims"][0]["id"] == "rloo_wins"
     assert plan["families"] == list(go.plan.runs[0].task.families)
     assert plan["changes"] == {"grpo": [], "rloo": ["advantage"]}
+    unclipped = ArmConfig.model_validate({"name": "grpo", "label": "no_clip", "params": {"loss": {"clip": False}}})
+    assert changes_of(unclipped) == ["loss"]
     assert [(cell["arm"], cell["seed"]) for cell in plan["cells"]] == [
         (arm, seed) for seed in range(3) for arm in ("grpo", "rloo")
     ]

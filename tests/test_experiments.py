@@ -1,0 +1,152 @@
+"""Experiments from neighbouring work: what their closed forms say, and what holds in expectation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis.all_action import Tabular, guessing
+from analysis.forgetting import Mean, forgetting, only
+from analysis.low_rank import shapes
+from analysis.verifier_noise import compare, half_dead
+from benchmark.compose import compose_run
+from benchmark.pricing import ShapeConfig, attention_flops, low_rank_saving
+from benchmark.problems import load_task
+
+
+def random_case(ways: int, answers: int) -> Tabular:
+    rng = np.random.default_rng(ways)
+    reward = (rng.random((ways, answers)) < 0.5).astype(float)
+    return Tabular(rng.normal(size=ways), rng.normal(size=(ways, answers)), reward)
+
+
+@pytest.mark.parametrize("rollouts", [2, 3])
+@pytest.mark.parametrize("all_actions", [False, True])
+def test_both_estimates_have_the_gradient_as_their_mean(rollouts: int, all_actions: bool) -> None:
+    case = random_case(3, 2)
+    mean, _ = case.moments(rollouts, all_actions=all_actions)
+    np.testing.assert_allclose(mean, case.gradient, atol=1e-14)
+    nudge, step = np.random.default_rng(0).normal(size=len(mean)), 1e-6
+
+    def expected(t: float) -> float:
+        moved = Tabular(case.prefix + t * nudge[:3], case.answer + t * nudge[3:].reshape(3, 2), case.reward)
+        pi, mu = moved.probabilities
+        return float(pi @ (mu * case.reward).sum(1))
+
+    assert mean @ nudge == pytest.approx((expected(step) - expected(-step)) / (2 * step), rel=1e-6)
+
+
+def test_a_bandit_by_hand() -> None:
+    """One way, two answers, groups of 2: g is (e_0 - e_1) / 2 where they differ, so tr Cov = pq - 2 (pq)^2."""
+    case = Tabular(np.zeros(1), np.log([[0.3, 0.7]]), np.array([[1.0, 0.0]]))
+    pq = 0.3 * 0.7
+    _, trace = case.moments(2, all_actions=False)
+    assert trace == pytest.approx(pq - 2 * pq**2)
+    assert case.moments(2, all_actions=True)[1] == pytest.approx(0, abs=1e-15)
+
+
+def test_summing_answers_out_never_adds_variance_and_helps_while_answers_are_open() -> None:
+    ratios = []
+    for case in (random_case(2, 3), random_case(3, 3), *(guessing(nats, answers=3) for nats in (0.0, 2.0, 8.0))):
+        ratios.append(case.moments(3, all_actions=True)[1] / case.moments(3, all_actions=False)[1])
+    assert max(ratios) <= 1
+    guess, open_, settled = ratios[2:]
+    # Of a guess only the choice of the way is left; once the way settles the answer, nothing is taken out.
+    assert guess < 0.2
+    assert guess < open_ < settled
+    assert settled > 0.99
+
+
+# -- low-rank attention in the cost model
+
+
+def test_attention_by_counting_its_products() -> None:
+    """Per layer and head: a query meets every key (head size products), its weights meet every value; 2 FLOPs each."""
+    shape = ShapeConfig(hidden_size=12, layers=5, heads=3, kv_heads=1, mlp=7, vocabulary=11)
+    products = sum(4 + 4 for _layer in range(5) for _head in range(3) for _token in range(9))
+    assert attention_flops(shape, 9) == 2 * products
+    assert attention_flops(shape, 9, ranks=[3] * 5) == 2 * products / 3
+    assert attention_flops(shape, 9, ranks=[9, 9, 9, 9, 100]) == attention_flops(shape, 9)
+    assert attention_flops(shape, 9, ranks=[9, 9, 9, 9, 3]) == 2 * products * (4 + 1 / 3) / 5
+    with pytest.raises(ValueError, match="5 layers"):
+        attention_flops(shape, 9, ranks=[1])
+
+
+def test_low_rank_saves_what_attention_costs_at_most() -> None:
+    shape = ShapeConfig(hidden_size=12, layers=5, heads=3, kv_heads=1, mlp=7, vocabulary=11)
+    full = 2 * shape.multiplied + attention_flops(shape, 90)
+    assert low_rank_saving(shape, 90, 9) == pytest.approx(0.9 * attention_flops(shape, 90) / full)
+    assert low_rank_saving(shape, 9, 9) == 0
+    # Long contexts of a wide model: 4 L d c against 2 N, so the share goes to 1 with c.
+    assert low_rank_saving(shape, 10**9, 1) == pytest.approx(1, abs=1e-5)
+
+
+def test_shapes_are_those_of_the_scales() -> None:
+    found = shapes()
+    assert found["small"].hidden_size == 128
+    assert list(found) == ["small", "paper-1.5b", "paper-7b", "paper-14b"]
+
+
+# -- an EMA of the weights
+
+
+def test_the_mean_forgets_its_start_by_its_decay() -> None:
+    mean = Mean({"w": torch.tensor([8.0])}, decay=0.5)
+    for value in (0.0, 4.0):
+        mean.update({"w": torch.tensor([value])})
+    assert mean.weights["w"].tolist() == [4.0]  # (8 / 2 + 0 / 2) / 2 + 4 / 2
+
+
+def test_one_family_trains_and_all_are_evaluated() -> None:
+    config = compose_run("grpo", scale="smoke")
+    train, held_out = load_task(only(config, "sum_long", "policy").task)
+    assert {item.family for item in train} == {"sum_long"}
+    assert {item.family for item in held_out} == set(config.task.families)
+    assert len(train) == config.task.train_items
+    # The same problems as in the mixed run, whatever the training family.
+    assert [item.id for item in held_out] == [item.id for item in load_task(config.task)[1]]
+
+
+@pytest.mark.slow
+def test_a_whole_probe_says_every_moment_and_family() -> None:
+    config = compose_run("grpo", scale="smoke", options=["budget.amount=6000"])
+    rows = forgetting(config, "sum_long", "products", [0.0, 1.0], samples=2)
+    table = {(moment, family): value for moment, family, value in rows}
+    assert len(table) == 5 * 4
+    for family in config.task.families:
+        # A mean that keeps nothing is the policy itself; one that keeps everything is where the phase began.
+        assert table["then products, EMA 0", family] == table["then products", family]
+        assert table["then products, EMA 1", family] == table["after sum_long", family]
+
+
+# -- a verifier that errs
+
+
+def test_label_noise_feeds_dead_prompts() -> None:
+    """Two dead prompts, two at 1/2, e = .1: deviations .3 and .5, so 3 of 8 rollouts go to what teaches nothing."""
+    p = np.array([0.0, 1.0, 0.5, 0.5])
+    found = compare(p, 0.1)
+    variances = np.array([0.09, 0.09, 0.25, 0.25])
+    assert found["uniform"] == (0.5, 1.0)
+    share, noise = found["standard deviation"]
+    assert share == pytest.approx(3 / 8)
+    assert noise == pytest.approx(np.sqrt(variances).sum() ** 2 / (4 * variances.sum()))
+    assert found["variance"][0] == pytest.approx(0.09 / 0.34)
+    # Of the oracle's sum only the living are left: (2 x .5)^2 over 4 x .68.
+    assert found["oracle"] == pytest.approx((0.0, 1 / (4 * 0.68)))
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.floats(0.01, 0.4))
+def test_the_released_rule_gains_nothing_once_no_prompt_looks_dead(rates: list[float], flip_rate: float) -> None:
+    found = compare(np.array([*rates, 0.3]), flip_rate)
+    assert found["variance"][1] == pytest.approx(1.0)
+    assert found["oracle"][1] <= found["standard deviation"][1] + 1e-12 <= 1 + 2e-12
+
+
+def test_without_noise_neyman_is_the_oracle() -> None:
+    found = compare(half_dead(), 0.0)
+    assert found["standard deviation"] == found["oracle"]
+    assert found["oracle"][0] == 0.0
