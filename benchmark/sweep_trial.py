@@ -94,7 +94,7 @@ class Trial(Job):
     ) -> tuple[str, list[dict[str, float]]]:
         config, scores = self.sweep.config, list[dict[str, float]]()
         for place, cell in enumerate(self.cells(point)):
-            watch = config.pruner == "median" and place == 0 and self.number > 0
+            watch = config.pruner == "median" and place == 0
             halt = _Halt(trial, cell, config.objective[0], should_stop) if watch else should_stop
             try:
                 with wait_for(cell.folder):
@@ -150,7 +150,7 @@ class _Halt:
     """Asks the pruner whenever the run in `cell` has been evaluated at another share of its budget.
 
     Attributes:
-        pruned: whether it said to stop; the first trial and the policy before training are never asked about.
+        pruned: whether it said to stop. The default setting and the policy before training are not asked about.
     """
 
     trial: optuna.Trial
@@ -166,7 +166,7 @@ class _Halt:
         rows = read_rows(self.cell.folder / "evaluation.jsonl")[0]
         for point in range(self.seen + 1, 1 + max((row["point"] for row in rows), default=0)):
             self.trial.report(pass_rate([row for row in rows if row["point"] == point], self.goal), point)
-            self.seen, self.pruned = point, self.pruned or self.trial.should_prune()
+            self.seen, self.pruned = point, self.pruned or (self.trial.number > 0 and self.trial.should_prune())
         return self.pruned
 
 
