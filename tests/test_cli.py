@@ -212,7 +212,7 @@ def test_a_run_that_another_process_holds_is_refused(training: list[RunConfig], 
 def test_an_interrupted_run_exits_with_130(training: list[RunConfig], tmp_path: Path) -> None:
     result = call("run", "grpo", "--seed", "13", "--out", tmp_path)
     assert result.exit_code == 130
-    assert "same command continues" in result.stderr
+    assert "goes on with: rolloutbench" in result.stderr
 
 
 def test_ctrl_c_outside_training_exits_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_study_exit_codes_follow_the_outcome(monkeypatch: pytest.MonkeyPatch, tm
 
     command = ["study", "main_table", "--seeds", "2", "--workers", "3", "--tracking-uri", "http://me:secret@x"]
     monkeypatch.setattr(sys, "argv", ["rolloutbench", *command])
-    typed = "rolloutbench study main_table --seeds 2 --workers 3 --tracking-uri 'http://***@x'"
+    typed = "rolloutbench study main_table --seeds 2 --workers 3 --tracking-uri http://***@x"
     pretend(study.Outcome(28, 28, {}, False))
     assert call(*command, "--out", tmp_path).exit_code == 0
     assert given == {

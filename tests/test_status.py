@@ -77,7 +77,7 @@ def test_every_state_is_told_apart(folder: Path) -> None:
         ("rloo", 1): "stopped",
         ("dynamo", 1): "waiting",
     }
-    assert status.counts == {"done": 2, "running": 1, "failed": 1, "stopped": 1, "waiting": 1}
+    assert status.counts == {"done": 2, "ended": 0, "running": 1, "failed": 1, "stopped": 1, "waiting": 1}
 
 
 def test_spend_pace_and_accuracy(folder: Path) -> None:
