@@ -108,12 +108,14 @@ class SweepRecord:
         study, evaluators = self.studies[label], optuna.importance
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings("ignore", "PedAnovaImportanceEvaluator computes", UserWarning)
             known = {
                 "fANOVA": evaluators.FanovaImportanceEvaluator(seed=0),
                 "PED-ANOVA": evaluators.PedAnovaImportanceEvaluator(),
             }
+            # PED-ANOVA asks what sets the lowest targets apart, whatever the study's direction.
             found = {
-                name: evaluators.get_param_importances(study, evaluator=one, target=lambda t: t.values[0])
+                name: evaluators.get_param_importances(study, evaluator=one, target=lambda t: -t.values[0])
                 for name, one in known.items()
             }
         return pd.DataFrame(found).reindex(list(self.config.spaces(label)))

@@ -234,7 +234,9 @@ class Mirror:
             self._save()
         store.tag(parent.run_id, flatten({key: plan[key] for key in plan if key != "cells"}))
         store.artifact(parent.run_id, self._folder / "plan.json")
-        store.show(str(plan.get("primary_currency", "tokens_generated")), plan.get("arms", []))
+        # Of a sweep, whose every setting is an arm of its own, the arms that it tunes.
+        by, groups = ("group", plan["groups"]) if "groups" in plan else ("arm", plan.get("arms", []))
+        store.show(str(plan.get("primary_currency", "tokens_generated")), groups, by)
 
     def _sync(self) -> None:
         _, damaged = self._follow()
@@ -297,8 +299,8 @@ class Mirror:
             run = self._state.cells[cell.name]
             if run.status == "RUNNING":
                 self._set_status(store, run, "KILLED", None)
-        states = [self._state.cells[cell.name].status for cell in cells]
-        planned = len(cells) if plan is None else len(plan["cells"])
+        states = [self._state.cells[cell.name].status for cell in cells if not cell.ended]
+        planned = len(cells) if plan is None else sum("ended" not in cell for cell in plan["cells"])
         complete = "FINISHED" if states.count("FINISHED") == planned else "KILLED"
         outcome = "FAILED" if "FAILED" in states else complete
         ended = [end for cell in cells if (end := Status.of(cell.folder).end)]

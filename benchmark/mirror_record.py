@@ -10,7 +10,7 @@ import functools
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,13 @@ class Cell:
     folder: Path
     config: Mapping[str, Any]
     currency: str
+    planned: Mapping[str, Any] = field(default_factory=dict)
+    """What ``plan.json`` says of it."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether its trial of a sweep was pruned or diverged: that is an outcome, not a fault."""
+        return "ended" in self.planned
 
     @property
     def tags(self) -> dict[str, str]:
@@ -39,7 +46,8 @@ class Cell:
         seedless = {key: value for key, value in self.config.items() if key != "seed"}
         hashes = {"run_hash": identity(self.config), "plan_hash": identity(seedless)}
         named = ("study", "arm", "scale", "seed")
-        return hashes | {key: str(self.config[key]) for key in named if key in self.config}
+        group = {"group": str(self.planned["group"])} if "group" in self.planned else {}
+        return hashes | group | {key: str(self.config[key]) for key in named if key in self.config}
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,10 @@ class Cursor:
 
 def find_cells(study: Path) -> list[Cell]:
     """The cells of a results folder that have begun, in its plan's order; a single run is its own cell."""
-    plan = read_json(study / "plan.json")
+    plan, planned = read_json(study / "plan.json"), dict[Path, Mapping[str, Any]]()
     if plan is not None:
-        folders = [inside(study, cell["dir"]) for cell in plan["cells"]]
+        planned = {inside(study, cell["dir"]): cell for cell in plan["cells"]}
+        folders = list(planned)
     elif (study / "config.yaml").exists():
         folders = [study]
     else:
@@ -80,7 +89,7 @@ def find_cells(study: Path) -> list[Cell]:
         # A single run's folder may be used again for another configuration: that is another cell.
         name = folder.name if folder != study else f"{config['arm']}-s{config['seed']}-{identity(config)[:8]}"
         currency = (plan or {}).get("primary_currency") or config["budget"]["currency"]
-        cells.append(Cell(name, folder, config, currency))
+        cells.append(Cell(name, folder, config, currency, planned.get(folder, {})))
     return cells
 
 

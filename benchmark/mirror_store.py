@@ -67,9 +67,9 @@ class Store:
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
-    def show(self, currency: str, arms: Sequence[str]) -> None:
-        """Give the experiment the view that compares methods at equal cost."""
-        for key, value in view_tags(self._experiment, currency, arms).items():
+    def show(self, currency: str, groups: Sequence[str], by: str) -> None:
+        """Give the experiment the view that compares the `groups` of runs, named by tag `by`, at equal cost."""
+        for key, value in view_tags(self._experiment, currency, groups, by).items():
             self._client.set_experiment_tag(self._experiment, key, value)
 
     def create(self, name: str, tags: Mapping[str, str], start: int | None) -> str:

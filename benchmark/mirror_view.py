@@ -18,15 +18,17 @@ _SECTION = "rolloutbench-methods"
 _CHARTS = ("average_pass_at_1", "accuracy_per_prompt_mean", "entropy_nats", "tokens_per_rollout_mean")
 
 
-def view_tags(experiment: str, currency: str, arms: Sequence[str]) -> dict[str, str]:
+def view_tags(experiment: str, currency: str, groups: Sequence[str], by: str) -> dict[str, str]:
     """Tags of an experiment that give it the view, and a description that links to it.
 
     Args:
-        experiment: its id. currency: the primary one, which is on the x-axis. arms: groups of runs, shown closed.
+        experiment: its id. currency: the primary one, which is on the x-axis. groups: of runs, shown closed.
+        by: the tag that names a run's group.
     """
-    view = {"name": NAME, "createdAt": 0, "state": json.dumps(view_state(currency, arms))}
+    view = {"name": NAME, "createdAt": 0, "state": json.dumps(view_state(currency, groups, by))}
     link = f"[{NAME}]({view_path(experiment)})"
-    note = f"{link}: means over seeds at equal {currency}, the runs grouped by method."
+    what = "seeds" if by == "arm" else "settings and seeds"
+    note = f"{link}: means over {what} at equal {currency}, the runs grouped by method."
     # The kind keeps the interface from asking for it.
     return {TAG: json.dumps(view), "mlflow.note.content": note, "mlflow.experimentKind": "custom_model_development"}
 
@@ -36,8 +38,8 @@ def view_path(experiment: str) -> str:
     return f"#/experiments/{quote(experiment)}/runs?viewStateShareKey={VIEW}&compareRunsMode=CHART"
 
 
-def view_state(currency: str, arms: Sequence[str]) -> dict[str, Any]:
-    """State of the interface: runs grouped by arm, curves over cost, averages over seeds."""
+def view_state(currency: str, groups: Sequence[str], by: str) -> dict[str, Any]:
+    """State of the interface: runs grouped by tag `by`, curves over cost, averages over the runs of a group."""
     common = {"deleted": False, "isGenerated": False, "metricSectionId": _SECTION, "runsCountToCompare": 100}
     lines = [
         {
@@ -64,13 +66,13 @@ def view_state(currency: str, arms: Sequence[str]) -> dict[str, Any]:
     }
     return {
         "searchFilter": "tags.`rolloutbench.cell` != ''",
-        "orderByKey": "tags.`arm`",
+        "orderByKey": f"tags.`{by}`",
         "orderByAsc": True,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
-        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "arm"}]},
-        "groupsExpanded": {f"tag.arm.{arm}": False for arm in arms},
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": by}]},
+        "groupsExpanded": {f"tag.{by}.{group}": False for group in groups},
         "useGroupedValuesInCharts": True,
         "runsHiddenMode": "SHOW_ALL",
         "hideEmptyCharts": True,

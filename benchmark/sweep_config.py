@@ -160,8 +160,10 @@ class SweepConfig(Model):
         variance_replicates: replicates of the estimator behind ``gradient_variance``.
         budget_fraction: share of the scale's budget that a trial may spend.
         sampler: tree-structured Parzen estimator, Gaussian process, or random search.
-        pruner: ``wilcoxon`` ends a trial that is worse than the best so far on the seeds it has run; never a finalist.
-        prune_below: its p-value.
+        pruner: ends trials that look bad; they are never finalists. ``wilcoxon``: after each seed, worse than the best
+            trial on the same seeds. ``median``: at the evaluations of the first seed's run, each a share of its budget,
+            below the median of the trials before. A sweep whose figures are published should have none.
+        prune_below: p-value of ``wilcoxon``.
         reference: the arm that all others are compared with.
         overrides: what the sweep changes of the scale in every run, as in a study.
         evaluation: what it changes of ``evaluation`` in trials only; finalists are evaluated as the scale says.
@@ -181,7 +183,7 @@ class SweepConfig(Model):
     budget_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     sampler: Literal["tpe", "gp", "random"] = "tpe"
     sampler_seed: Annotated[int, Field(ge=0)] = 0
-    pruner: Literal["none", "wilcoxon"] = "none"
+    pruner: Literal["none", "wilcoxon", "median"] = "none"
     prune_below: Fraction = 0.1
     reference: Name
     overrides: dict[str, Any] = Field(default_factory=dict)
@@ -204,9 +206,10 @@ class SweepConfig(Model):
             raise fault("finalists.seeds", what, "Use seeds that are not in seeds", "seeds")
         if self.objective[0] == "gradient_variance" or self.objective[1:] not in ((), ("gradient_variance",)):
             raise fault("objective", "not an objective", "Write [pass_at_1] or [pass_at_1, gradient_variance]")
-        if self.pruner == "wilcoxon" and (len(self.objective) > 1 or len(self.seeds) < 3):
-            what = "the Wilcoxon test compares one objective over at least three seeds"
-            raise fault("pruner", what, "Add seeds, name one objective, or write pruner: none")
+        if self.pruner != "none" and len(self.objective) > 1:
+            raise fault("pruner", "trials are pruned by one objective", "Name one, or write pruner: none", "objective")
+        if self.pruner == "wilcoxon" and len(self.seeds) < 3:
+            raise fault("pruner", "the Wilcoxon test needs at least three seeds", "Add seeds, or write pruner: median")
         self._check_space()
         return self
 

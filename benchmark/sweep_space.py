@@ -171,6 +171,11 @@ def check(sweep: Sweep) -> None:
             if config.objective[0] not in known:
                 what = f"is not evaluated ({', '.join(known)} are)"
                 raise sweep.written.error("objective", what, "Name one of them, or raise evaluation.k")
+        k = int(config.objective[0].removeprefix("pass_at_"))
+        if config.pruner == "median" and (first.evaluation.points < 3 or first.evaluation.samples < k):
+            what = f"no evaluation on the way has the {k} samples of {config.objective[0]}"
+            remedy = f"Write evaluation: {{points: 3, samples: {k}}}, or more"
+            raise sweep.written.error("pruner", what, remedy, config.pruner)
 
 
 def best_yaml(sweep: Sweep, label: str, point: Point | None, note: str) -> str:

@@ -27,6 +27,8 @@ from benchmark.sweep_space import Sweep
 
 JOURNAL = "journal.log"
 WAIT_SECONDS = 0.2
+MEDIAN_OF = 5
+"""Whole trials before which the median prunes nothing."""
 
 
 class _MendingLock(JournalFileSymlinkLock):
@@ -94,6 +96,8 @@ def pruner(config: SweepConfig) -> optuna.pruners.BasePruner:
     """What the sweep file asks for."""
     if config.pruner == "none":
         return optuna.pruners.NopPruner()
+    if config.pruner == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=MEDIAN_OF)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.pruners.WilcoxonPruner(p_threshold=config.prune_below)

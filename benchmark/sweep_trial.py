@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from optuna.trial import TrialState
 from benchmark.cells import Cell, Job, RunCell, read_json
 from benchmark.config import digest
 from benchmark.errors import InputError
-from benchmark.jsonl import atomic_write_json, read_rows
+from benchmark.jsonl import Row, atomic_write_json, read_rows
 from benchmark.sweep_space import Point, Sweep
 from benchmark.sweep_storage import open_storage, pruner, sampler, study_name, take, wait_for
 
@@ -82,6 +83,8 @@ class Trial(Job):
         trial.set_user_attr("state", state)
         if state == DIVERGED:
             study.tell(self.number, state=TrialState.FAIL)
+        elif state == PRUNED and config.pruner == "median":
+            study.tell(self.number, state=TrialState.PRUNED)
         else:
             study.tell(self.number, [fmean(score[goal] for score in scores) for goal in config.objective])
         self._finish(point, state, scores)
@@ -91,15 +94,23 @@ class Trial(Job):
     ) -> tuple[str, list[dict[str, float]]]:
         config, scores = self.sweep.config, list[dict[str, float]]()
         for place, cell in enumerate(self.cells(point)):
+            watch = config.pruner == "median" and place == 0
+            halt = _Halt(trial, cell, config.objective[0], should_stop) if watch else should_stop
             try:
                 with wait_for(cell.folder):
-                    cell.execute(run, should_stop)
+                    cell.execute(run, halt)
             except FloatingPointError as error:
                 # The same setting would end the same way again: that is an outcome, not a fault to retry.
                 atomic_write_json(cell.folder / "diverged.json", {"error": str(error)})
                 return DIVERGED, scores
+            except Exception:
+                # Once told to stop, a run ends by raising.
+                if not (isinstance(halt, _Halt) and halt.pruned):
+                    raise
+                shutil.rmtree(cell.folder / "checkpoint", ignore_errors=True)
+                return PRUNED, scores
             scores.append(score(cell, config.objective, config.variance_replicates))
-            if config.pruner != "none":
+            if config.pruner == "wilcoxon":
                 trial.report(scores[-1][config.objective[0]], place)
                 if place + 1 < len(config.seeds) and trial.should_prune():
                     return PRUNED, scores
@@ -134,6 +145,31 @@ class Trial(Job):
         )
 
 
+@dataclass
+class _Halt:
+    """Asks the pruner whenever the run in `cell` has been evaluated at another share of its budget.
+
+    Attributes:
+        pruned: whether it said to stop. The default setting and the policy before training are not asked about.
+    """
+
+    trial: optuna.Trial
+    cell: Cell
+    goal: str
+    should_stop: Callable[[], bool]
+    seen: int = 0
+    pruned: bool = False
+
+    def __call__(self) -> bool:
+        if self.should_stop():
+            return True
+        rows = read_rows(self.cell.folder / "evaluation.jsonl")[0]
+        for point in range(self.seen + 1, 1 + max((row["point"] for row in rows), default=0)):
+            self.trial.report(pass_rate([row for row in rows if row["point"] == point], self.goal), point)
+            self.seen, self.pruned = point, self.pruned or (self.trial.number > 0 and self.trial.should_prune())
+        return self.pruned
+
+
 def _suggest(trial: optuna.Trial, key: str, distribution: optuna.distributions.BaseDistribution) -> Any:
     if isinstance(distribution, optuna.distributions.FloatDistribution):
         return trial.suggest_float(key, distribution.low, distribution.high, log=distribution.log)
@@ -146,11 +182,7 @@ def _suggest(trial: optuna.Trial, key: str, distribution: optuna.distributions.B
 
 def score(cell: Cell, goals: tuple[str, ...], replicates: int) -> dict[str, float]:
     """The objectives of a finished run: pass@k of its final evaluation, mean over families; gradient variance."""
-    from analysis.results import k_of
-    from analysis.statistics import family_weights, pass_at_k
-
     final = [row for row in read_rows(cell.folder / "evaluation.jsonl")[0] if row["final"]]
-    weights = family_weights([row["family"] for row in final])
     found = {}
     for goal in goals:
         if goal == "gradient_variance":
@@ -158,6 +190,14 @@ def score(cell: Cell, goals: tuple[str, ...], replicates: int) -> dict[str, floa
 
             found[goal] = relative_variance(cell.config, cell.folder, replicates)
         else:
-            values = pass_at_k([row["n"] for row in final], [row["c"] for row in final], k_of(goal))
-            found[goal] = float(values @ weights)
+            found[goal] = pass_rate(final, goal)
     return found
+
+
+def pass_rate(rows: Sequence[Row], goal: str) -> float:
+    """pass@k of one evaluation, a row an item, mean over families."""
+    from analysis.results import k_of
+    from analysis.statistics import family_weights, pass_at_k
+
+    values = pass_at_k([row["n"] for row in rows], [row["c"] for row in rows], k_of(goal))
+    return float(values @ family_weights([row["family"] for row in rows]))

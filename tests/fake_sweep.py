@@ -85,6 +85,20 @@ def slow(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> No
     train(config, out, should_stop=should_stop)
 
 
+def look_back(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+    """Evaluated on the way, where it may be told to stop."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "result.json").exists():
+        atomic_write_text(out / "config.yaml", dump(config))
+        (out / "checkpoint").mkdir(exist_ok=True)
+        log(out, "begin", config)
+        for point in range(2):
+            evaluate(config, out, point, final=False)
+        if should_stop():
+            raise RuntimeError("told to stop")
+    train(config, out, should_stop=should_stop)
+
+
 def die_once(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
     """The second seed of every trial takes its worker process down, the first time."""
     if config.seed == 1 and config.arm.endswith("t001") and not (out / "died").exists():

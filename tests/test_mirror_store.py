@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmark.jsonl import atomic_write_json
 from benchmark.mirror import Mirror
 from benchmark.mirror_points import CURVE_POINTS, Point, at_equal_cost
 from benchmark.mirror_store import Store
@@ -145,6 +146,28 @@ def test_the_experiment_holds_the_view_and_a_link_to_it(uri: str, tmp_path: Path
     # The filter of the view leaves the cells and nothing else.
     [run] = files.client(uri).search_runs([experiment.experiment_id], state["searchFilter"])
     assert run.data.tags["arm"] == "grpo"
+
+
+def test_settings_of_a_sweep_are_grouped_by_the_arm_they_tune_and_a_pruned_one_is_no_fault(
+    uri: str, tmp_path: Path
+) -> None:
+    cells = files.plan(tmp_path, ("dynamo-t000", "dynamo-t001"))
+    files.whole_cell(*cells[0])
+    files.start(*cells[1])
+    files.set_state(cells[1][0], "failed", "loss is not finite")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    listed = [cell | {"group": "dynamo"} for cell in plan["cells"]]
+    listed[1]["ended"] = "diverged"
+    atomic_write_json(tmp_path / "plan.json", plan | {"groups": ["dynamo"], "cells": listed})
+    assert Mirror(uri, tmp_path, "sweep").close()
+    parent, children = files.parent_and_children(uri, "sweep")
+    assert parent.info.status == "FINISHED"
+    assert children["dynamo-t001-s0"].info.status == "FAILED"
+    assert {run.data.tags["group"] for run in children.values()} == {"dynamo"}
+    view = json.loads(files.client(uri).get_experiment_by_name("sweep").tags["mlflow.sharedViewState.rolloutbench"])
+    state = json.loads(view["state"])
+    assert state["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "group"}]
+    assert state["groupsExpanded"] == {"tag.group.dynamo": False}
 
 
 OPEN = """

@@ -112,6 +112,9 @@ def runs(folder: Path) -> list[dict[str, Any]]:
         (("jeffreys: [0.5, 0.5]", "none: [0.0, 0.0]"), "prior", "must be positive"),
         (("jeffreys: [0.5, 0.5]", "other: 3"), "prior", "valid tuple"),
         (("k: [1, 8]}", "k: [1, 8]}\npruner: wilcoxon"), "pruner", "at least three seeds"),
+        (("k: [1, 8]}", "k: [1, 8]}\npruner: median"), "pruner", "Write evaluation: {points: 3, samples: 1}"),
+        (("k: [1, 8]}", "k: [1, 8]}\npruner: median\nobjective: [pass_at_8]"), "pruner", "has the 8 samples"),
+        (("k: [1, 8]}", "k: [1, 8]}\npruner: median\nobjective: [pass_at_1, gradient_variance]"), "pruner", "by one"),
         (("k: [1, 8]}", "k: [1, 8]}\nobjective: [pass_at_2]"), "objective", "not evaluated"),
         (("k: [1, 8]}", "k: [1, 8]}\nobjective: [gradient_variance]"), "objective", "not an objective"),
         (("type: categorical", "type: choice"), "prior", "does not match any of the expected tags"),
@@ -290,6 +293,35 @@ def test_a_worse_setting_is_pruned_and_never_a_finalist(tmp_path: Path, fakes: M
         assert told.value == pytest.approx(np.mean([score["pass_at_1"] for score in result["scores"]]))
 
 
+def test_a_run_below_the_median_at_a_share_of_its_budget_is_pruned(tmp_path: Path, fakes: ModuleType) -> None:
+    changes = ("k: [1, 8]}", "k: [1, 8], points: 3}\npruner: median\nsampler: random"), ("trials: 5", "trials: 16")
+    folder = tmp_path / "out"
+    outcome = swept(written(tmp_path, *changes), folder, fakes.look_back)
+    assert (outcome.trials.done, outcome.trials.failed) == (32, {})
+    record = load_sweep(folder)
+    storage = open_storage(folder, None)
+    for label in ("dynamo", "grpo"):
+        reached, whole = [], list[int]()
+        for row in record.of(label).to_dict("records"):
+            point = row["point"] if row["number"] else None
+            reached.append(round(1000 * 0.75 * fakes.accuracy(record.sweep.run(label, "x", point, 0))))
+            before = [reached[number] for number in whole]
+            worse = len(before) >= 5 and reached[-1] < np.median(before)
+            assert row["state"] == ("pruned" if worse else "done"), row["number"]
+            assert len(row["scores"]) == (0 if worse else 2)
+            whole += [] if worse else [row["number"]]
+            assert not worse or not (folder / row["cells"][0]["dir"] / "checkpoint").exists()
+        assert 5 < len(whole) < 16
+        name = study_name("tiny", label, read_sweep(written(tmp_path, *changes)).identity)
+        told = optuna.load_study(study_name=name, storage=storage).trials
+        assert [trial.number for trial in told if trial.state.name == "COMPLETE"] == whole
+        assert {trial.state.name for trial in told} == {"COMPLETE", "PRUNED"}
+    pruned = int((record.trials["state"] == "pruned").sum())
+    found = json.loads(CliRunner().invoke(cli.app, ["status", str(folder), "--json"]).output)["counts"]
+    assert (found["done"], found["ended"]) == (64 - 2 * pruned, 2 * pruned)
+    assert "pruned" in (folder / "REPORT.md").read_text()
+
+
 def test_a_setting_that_diverges_is_an_outcome(tmp_path: Path, fakes: ModuleType) -> None:
     file = written(tmp_path, ("trials: 5", "trials: 12"), ("sweep: tiny", "sweep: tiny\nsampler: random"))
     folder = tmp_path / "out"
@@ -458,6 +490,17 @@ def test_importance_finds_the_parameter_that_matters(tmp_path: Path, fakes: Modu
     assert shares["fANOVA"].sum() == pytest.approx(1)
     useless = ["method.allocation.n_low", "method.allocation.prior"]
     assert shares["fANOVA"].drop(useless).min() > shares["fANOVA"][useless].max()
+
+
+def test_pedanova_asks_what_sets_the_best_trials_apart(tmp_path: Path, fakes: ModuleType) -> None:
+    file = written(tmp_path, ("trials: 5", "trials: 40"), ("sweep: tiny", "sweep: tiny\nsampler: random"))
+    in_process(file, tmp_path / "out", fakes.train)
+    record = load_sweep(tmp_path / "out")
+    shares, evaluator = record.importances("dynamo"), optuna.importance.PedAnovaImportanceEvaluator()
+    # Without a target it goes by the direction of the study, which is to maximise.
+    best = optuna.importance.get_param_importances(record.studies["dynamo"], evaluator=evaluator)
+    assert shares is not None
+    assert shares["PED-ANOVA"].to_dict() == pytest.approx(best)
 
 
 def test_noise_of_a_trial_leaves_out_what_seeds_and_settings_explain() -> None:
