@@ -46,7 +46,7 @@ class RunCell(Protocol):
     """What runs or resumes a cell (`benchmark.run.run_cell`)."""
 
     def __call__(self, config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
-        """Run `config` into `out`, ``result.json`` last; raise after a checkpoint once `should_stop`."""
+        """Run `config` into `out`, ``result.json`` last; raise `Interrupted` after a checkpoint once `should_stop`."""
 
 
 class Job(ABC):

@@ -34,6 +34,10 @@ class RunError(Exception):
     """A run or a study cannot go on; the command line prints it as one line and exits with 1."""
 
 
+class Interrupted(Exception):  # noqa: N818 - a request that was met, not a fault
+    """The run was asked to stop; it checkpointed and can be resumed."""
+
+
 class MethodError(RuntimeError):
     """A method returned something that its decision must not return."""
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from benchmark.cells import Cell, claim
 from benchmark.errors import InputError, storing
 from benchmark.jsonl import atomic_write_json
+from benchmark.opening import check_folder
+from benchmark.seal import LEASES, RESULT, file_hash, is_sealed, listed_files
 
 ORIGIN = "origin.json"
-_LAST = "result.json"
-_OWN = {"lease", "checkpoint", "failure.json", _LAST}
+_OWN = {LEASES, "checkpoint", "failure.json", RESULT}
 
 
 def take_over(cells: Sequence[Cell], studies: Sequence[Path]) -> list[Cell]:
@@ -25,7 +26,7 @@ def take_over(cells: Sequence[Cell], studies: Sequence[Path]) -> list[Cell]:
         The cells that were filled.
 
     Raises:
-        InputError: a folder of `studies` has no cells.
+        InputError: a folder of `studies` has no cells or leads out of itself, or a file is not what its run wrote.
         StorageError: a copy cannot be written.
     """
     for study in studies:
@@ -33,6 +34,7 @@ def take_over(cells: Sequence[Cell], studies: Sequence[Path]) -> list[Cell]:
             raise InputError(
                 "no runs of a study there", key="--reuse", value=str(study), remedy="Give the results folder of a study"
             )
+        check_folder(study)
     return [cell for cell in cells if any(_copy(study / "cells" / cell.folder.name, cell) for study in studies)]
 
 
@@ -41,6 +43,7 @@ def _copy(source: Path, cell: Cell) -> bool:
         return False
     if Cell(cell.config, source).result() is None:
         return False
+    _check(source)
     lease = claim(cell.folder)
     if lease is None:
         return False
@@ -51,9 +54,21 @@ def _copy(source: Path, cell: Cell) -> bool:
         if not (source / ORIGIN).exists():
             atomic_write_json(cell.folder / ORIGIN, {"folder": str(source)})
         # Written last, as in a run: until then the cell counts as missing.
-        shutil.copyfile(source / _LAST, cell.folder / f".{_LAST}")
-        (cell.folder / f".{_LAST}").replace(cell.folder / _LAST)
+        shutil.copyfile(source / RESULT, cell.folder / f".{RESULT}")
+        (cell.folder / f".{RESULT}").replace(cell.folder / RESULT)
     return True
+
+
+def _check(source: Path) -> None:
+    """Refuse a run whose files have not the hashes that it recorded; versions that recorded none are believed."""
+    listed = listed_files(source / RESULT)
+    if listed is None:
+        return
+    changed = [] if is_sealed((source / RESULT).read_bytes()) else [RESULT]
+    changed += [n for n, sha in listed.items() if not (source / n).is_file() or file_hash(source / n) != sha]
+    if changed:
+        remedy = f"`rolloutbench audit {source.parent.parent}` says more; leave it out of --reuse"
+        raise InputError("is not as the run left it", file=source / changed[0], remedy=remedy)
 
 
 def _replace(part: Path, target: Path) -> None:

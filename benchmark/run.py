@@ -19,6 +19,7 @@ from benchmark.collect import Collector
 from benchmark.config import RunConfig
 from benchmark.draws import Pool
 from benchmark.errors import InputError, RunError, storing
+from benchmark.errors import Interrupted as Interrupted
 from benchmark.evaluation import Evaluator
 from benchmark.history import Floats, PromptHistory
 from benchmark.jsonl import (
@@ -48,10 +49,6 @@ from benchmark.warmup import ensure_policy
 RECORDS = ("ledger.jsonl", "timings.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl", "traces.jsonl")
 CHECKPOINT_SECONDS = 60.0
 """Between two checkpoints; longer where saving takes so long that it would cost more than a twentieth of the time."""
-
-
-class Interrupted(Exception):  # noqa: N818 - a request that was met, not a fault
-    """The run was asked to stop; it checkpointed and can be resumed."""
 
 
 @dataclass(frozen=True)

@@ -374,4 +374,6 @@ def _announce(display: Display, folder: Path, record: dict[str, Any], missing: i
     total = len(record["cells"])
     display.note(f"{record['study']}: {total} cells at scale {record['scale']}, {missing} to run, in {folder}")
     if taken:
-        display.note(f"{taken} cells taken over from other studies")
+        from analysis.formatting import counted
+
+        display.note(f"{counted(taken, 'cell')} taken over from other studies")

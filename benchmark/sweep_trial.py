@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from benchmark.cells import Cell, Job, RunCell, read_json
 from benchmark.config import digest
-from benchmark.errors import InputError
+from benchmark.errors import InputError, Interrupted
 from benchmark.jsonl import Row, atomic_write_json, read_rows
 from benchmark.sweep_space import Point, Sweep
 from benchmark.sweep_storage import open_storage, pruner, sampler, study_name, take, wait_for
@@ -103,8 +103,7 @@ class Trial(Job):
                 # The same setting would end the same way again: that is an outcome, not a fault to retry.
                 atomic_write_json(cell.folder / "diverged.json", {"error": str(error)})
                 return DIVERGED, scores
-            except Exception:
-                # Once told to stop, a run ends by raising.
+            except Interrupted:
                 if not (isinstance(halt, _Halt) and halt.pruned):
                     raise
                 shutil.rmtree(cell.folder / "checkpoint", ignore_errors=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmark.config import RunConfig
+from benchmark.errors import Interrupted
 from benchmark.jsonl import append_rows, atomic_write_json, atomic_write_text
 from benchmark.layers import dump
 from benchmark.ledger import CURRENCIES, FATES
@@ -95,7 +96,7 @@ def look_back(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) 
         for point in range(2):
             evaluate(config, out, point, final=False)
         if should_stop():
-            raise RuntimeError("told to stop")
+            raise Interrupted
     train(config, out, should_stop=should_stop)
 
 

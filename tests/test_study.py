@@ -27,9 +27,10 @@ from benchmark.compose import Plan, compose_study
 from benchmark.config import ArmConfig
 from benchmark.errors import InputError, StorageError
 from benchmark.estimate import detectable_difference, estimate, paired_sd
-from benchmark.jsonl import atomic_write_text
+from benchmark.jsonl import atomic_write_json, atomic_write_text
 from benchmark.layers import dump
 from benchmark.progress import Bar, Display, TimeLeft, duration, short
+from benchmark.seal import file_hash, sealed
 from benchmark.study import Outcome, bars, changes_of, run_study
 from benchmark.workers import WorkersFailedError, default_workers
 
@@ -152,7 +153,7 @@ def test_runs_of_another_study_are_taken_over_where_equal(go: Recorder, fakes: M
         assert (taken / name).read_bytes() == (source / name).read_bytes()
     assert json.loads((taken / "origin.json").read_text()) == {"folder": str(source)}
     assert not (go.cells("rloo")[1].folder / "origin.json").exists()
-    assert "3 cells taken over" in go.console.export_text()
+    assert "3 cells taken over from other studies" in go.console.export_text()
 
 
 def test_a_copy_cut_short_is_run_and_a_copy_of_nothing_refused(
@@ -173,6 +174,25 @@ def test_a_copy_cut_short_is_run_and_a_copy_of_nothing_refused(
     assert not (other.folder / "order.jsonl").exists()
     with pytest.raises(InputError, match="no runs of a study there"):
         other(fakes.finish, reuse=[tmp_path])
+
+
+def test_a_run_that_was_changed_is_not_taken_over(go: Recorder, fakes: ModuleType, tmp_path: Path) -> None:
+    assert go(fakes.finish).done == 6
+    folder = go.cells("grpo")[0].folder
+    files = {"evaluation.jsonl": file_hash(folder / "evaluation.jsonl")}
+    result = json.loads((folder / "result.json").read_text()) | {"files": files}
+    atomic_write_json(folder / "result.json", sealed(result))
+    assert Recorder(go.plan, tmp_path / "good")(fakes.exit_early, reuse=[go.folder]).done == 6
+    with (folder / "evaluation.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match=r"evaluation.jsonl: is not as the run left it.*rolloutbench audit"):
+        Recorder(go.plan, tmp_path / "bad")(fakes.exit_early, reuse=[go.folder])
+    atomic_write_json(folder / "result.json", sealed(result) | {"wall_seconds": 1.0})
+    with pytest.raises(InputError, match=r"result.json: is not as the run left it"):
+        Recorder(go.plan, tmp_path / "worse")(fakes.exit_early, reuse=[go.folder])
+    (folder / "policy").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="is a link to"):
+        Recorder(go.plan, tmp_path / "linked")(fakes.exit_early, reuse=[go.folder])
 
 
 def test_more_seeds_keep_the_cells_of_fewer(go: Recorder, fakes: ModuleType, tmp_path: Path) -> None:
