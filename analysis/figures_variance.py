@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,9 @@ def predicted_and_realised(frame: pd.DataFrame, budget: int) -> Figure:
     axes[0].set_ylabel("measured reduction, %")
     label_below(figure, "reduction that the rule's own model predicts, %")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, handletextpad=0.2, columnspacing=1.0)
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=4, handletextpad=0.2, columnspacing=0.8, fontsize=7
+    )
     return figure
 
 
@@ -128,7 +131,7 @@ def variance_and_p(prompts: pd.DataFrame, checkpoint: str) -> Figure:
 def rollouts_and_p_hat(allocations: pd.DataFrame, checkpoint: str, budget: int) -> Figure:
     """Rollouts per prompt against the success rate of the history sample, a panel a rule."""
     mine = _of(allocations, checkpoint=checkpoint, budget=budget)
-    figure = new_figure(3.2)
+    figure = new_figure(3.5)
     axes: list[Axes] = list(figure.subplots(2, -(-len(RULES) // 2), sharex=True, sharey=True, squeeze=False).flat)
     low, high = bounds(1, budget, None, None)
     for axis, name in zip(axes, RULES, strict=False):
@@ -139,9 +142,10 @@ def rollouts_and_p_hat(allocations: pd.DataFrame, checkpoint: str, budget: int) 
         axis.scatter(
             points["p_hat"], points["n"], s=5 + 6 * points["prompts"], color=look.colour, linewidths=0, alpha=0.8
         )
-        axis.set_title(LABELS[name], loc="left", fontsize=7.5)
+        axis.set_title(textwrap.fill(LABELS[name], 18), loc="left", fontsize=7.5)
     for axis in axes[len(RULES) :]:
         axis.set_visible(False)
+    axes[0].locator_params(axis="y", integer=True)
     label_below(figure, "success rate of the history sample")
     figure.supylabel("rollouts of the prompt", fontsize=8.5)
     return figure
