@@ -15,11 +15,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import report, sweep_report
 from analysis.audit_run import RunFindings, check_run
 from analysis.formatting import counted
 from analysis.provenance import made_by
+from analysis.rebuild import rebuild
 from analysis.results import read_json
+from analysis.variance_study import SETTINGS
 from benchmark.errors import InputError
 from benchmark.jsonl import PARTIAL
 from benchmark.opening import check_folder, check_plan
@@ -169,8 +170,13 @@ def _compare_runs(runs: dict[str, RunFindings], done: Audit) -> None:
 
 
 def _check_study(folder: Path, part: str, done: Audit) -> None:
-    """The plan of a study or sweep, and its report made again."""
+    """The plan of a study or sweep, and its report made again; the report alone of measured variances."""
     if not (folder / "plan.json").exists():
+        if (folder / SETTINGS).exists():
+            try:
+                _check_report(folder, part, done)
+            except InputError as error:
+                done.wrong.append(str(error))
         return
     try:
         plan = read_json(folder / "plan.json") or {}
@@ -194,10 +200,7 @@ def _check_report(folder: Path, part: str, done: Audit) -> None:
     same &= made.get("libraries") == now["libraries"]
     with TemporaryDirectory() as scratch:
         out = Path(scratch)
-        if (folder / "sweep.yaml").exists():
-            sweep_report.write_sweep_report(folder, out=out)
-        else:
-            report.write_report(folder, out=out)
+        rebuild(folder, out=out)
         again = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     # Vector and pixel formats hold the same drawing; compressors differ between machines, text does not.
     texts = {name: data for name, data in again.items() if not name.endswith((".png", ".pdf"))}

@@ -98,6 +98,7 @@ def paper_figures(scores: Scores, variance: Mapping[str, Any] | None = None) -> 
         "pareto": lambda: paper.pareto(scores),
         "step_histograms": lambda: paper.step_histograms(scores),
         "token_entropy": lambda: paper.token_entropy(scores),
+        "token_ratio": lambda: paper.token_ratio(scores),
     }
 
 

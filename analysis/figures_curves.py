@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ from analysis.figure_data import (
 from analysis.formatting import metric_name
 from analysis.palette import Style, styles
 from analysis.plotting import (
+    CROWDED,
     REFERENCE_GREY,
     amounts,
     arm_title,
@@ -30,7 +32,7 @@ from analysis.plotting import (
     panels,
     percent,
 )
-from analysis.statistics import family_weights
+from analysis.statistics import Floats, family_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,13 +150,18 @@ def rollouts_per_prompt(scores: Scores) -> Figure | None:
 
 
 def pass_at_k(scores: Scores) -> Figure | None:
-    """pass@k of the final evaluation over k; on the right the difference to the reference."""
+    """pass@k of the final evaluation over k; on the right the difference to the reference.
+
+    Where there are too many arms for one panel: the difference alone, a panel an arm.
+    """
     study, looks, weights = scores.study, styles(scores.study.plan["arms"]), family_weights(scores.families)
     tries = [k for k in (1, 2, 4, 8, 16, 32) if k <= study.samples]
     curves = {
         arm: np.array([(scores.final(arm, f"pass_at_{k}") @ weights).mean() for k in tries]) for arm in study.arms
     }
     base = curves.get(study.reference)
+    if base is not None and len(curves) > CROWDED:
+        return _differences_over_tries(scores, tries, {arm: curve - base for arm, curve in curves.items()})
     figure, axes = beside(1 if base is None else 2, 2.2 if narrow() else 3.3)
     for arm, curve in curves.items():
         strong = arm in (study.reference, "dynamo")
@@ -164,10 +171,28 @@ def pass_at_k(scores: Scores) -> Figure | None:
     if base is not None:
         axes[1].set_title(f"difference to {study.reference}, points", loc="left")
     for axis in axes:
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(tries, [str(k) for k in tries])
+        _tries(axis, tries)
         axis.set_xlabel("tries, k")
-        axis.minorticks_off()
-        percent(axis.yaxis)
     legend_right(figure, axes[-1])
     return figure
+
+
+def _differences_over_tries(scores: Scores, tries: Sequence[int], gaps: Mapping[str, Floats]) -> Figure:
+    looks, reference = styles(scores.study.plan["arms"]), scores.study.reference
+    shown = [arm for arm in gaps if arm != reference]
+    figure, axes = panels(len(shown), _COLUMNS, height=1.0 if narrow() else 1.2)
+    for axis, arm in zip(axes, shown, strict=True):
+        axis.axhline(0.0, color=REFERENCE_GREY, linewidth=1.2, zorder=2)
+        axis.plot(tries, gaps[arm], color=looks[arm].colour, marker=looks[arm].marker, markersize=3, zorder=3)
+        arm_title(axis, arm, looks[arm].colour)
+    _tries(axes[0], tries)
+    label_below(figure, "tries, k")
+    figure.supylabel(f"{metric_name('pass_at_k')} minus {reference}, points", fontsize=8.5)
+    return figure
+
+
+def _tries(axis: Axes, tries: Sequence[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(tries, [str(k) for k in tries])
+    axis.minorticks_off()
+    percent(axis.yaxis)

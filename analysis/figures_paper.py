@@ -192,7 +192,8 @@ def pareto(scores: Scores) -> Figure | None:
             axis.plot(
                 [x, x], [float(found[arm].low), float(found[arm].high)], color=style.colour, linewidth=0.8, alpha=0.6
             )
-            axis.plot(x, y, style.marker, color=style.colour, markersize=5.5, markeredgecolor="white", label=arm)
+            size = 9.0 if style.marker == "*" else 5.5  # a star fills a third of its square
+            axis.plot(x, y, style.marker, color=style.colour, markersize=size, markeredgecolor="white", label=arm)
         axis.set_xlabel(f"{currency_name(str(currency).removeprefix('spent/'))} of a run,\nmean over seeds")
         # Costs that are all but equal stay beside each other.
         middle, reach = (max(cost) + min(cost)) / 2, max((max(cost) - min(cost)) * 0.55, 0.05 * max(cost))
@@ -224,10 +225,13 @@ def step_histograms(scores: Scores) -> Figure | None:
     )
 
 
-def token_entropies(study: Study) -> dict[str, dict[str, Floats]]:
-    """Entropy in nats of every traced token at the first and at the last traced update, (T,) by moment and arm.
+def traced_tokens(study: Study, channel: str) -> dict[str, dict[str, Floats]]:
+    """A channel of every traced token at the first and at the last traced update, (T,) by moment and arm.
 
     All runs of an arm together; without traces there is no moment.
+
+    Args:
+        channel: ``entropy`` in nats, or ``ratio``, pi / pi_old as the update met it.
     """
     found: dict[str, dict[str, list[float]]] = {"first": {}, "last": {}}
     for cell in study.done.to_dict("records"):
@@ -235,9 +239,9 @@ def token_entropies(study: Study) -> dict[str, dict[str, Floats]]:
         rows = [row for row in rows if row["phase"] == "training"]
         steps = [row["step"] for row in rows]
         for row in rows:
-            tokens = [value for rollout in row["rollouts"] for value in rollout["entropy"] if value is not None]
+            tokens = [value for rollout in row["rollouts"] for value in rollout.get(channel, ()) if value is not None]
             for moment, step in (("first", min(steps)), ("last", max(steps))):
-                if row["step"] == step:
+                if row["step"] == step and tokens:
                     found[moment].setdefault(str(cell["arm"]), []).extend(tokens)
     return {moment: {arm: np.array(v) for arm, v in arms.items()} for moment, arms in found.items() if arms}
 
@@ -247,18 +251,31 @@ def token_entropy(scores: Scores) -> Figure | None:
 
     Tokens of the traced rollouts, all seeds together; the first cell holds those below `FLOOR` nats.
     """
-    entropies = token_entropies(scores.study)
-    if not entropies:
+    return _tokens(scores, "entropy", "entropy of a token, nats", FLOOR)
+
+
+def token_ratio(scores: Scores) -> Figure | None:
+    """How the ratio pi / pi_old is spread over tokens at the first and the last update of each arm.
+
+    Tokens of the traced rollouts, all seeds together, as their first update in the step met them: those in the step's
+    first minibatch have ratio 1.
+    """
+    return _tokens(scores, "ratio", "ratio of a token, pi / pi_old")
+
+
+def _tokens(scores: Scores, channel: str, label: str, floor: float | None = None) -> Figure | None:
+    found = traced_tokens(scores.study, channel)
+    if not found:
         return None
+    least = -np.inf if floor is None else floor
     nothing = np.array([])
-    figure = _histograms(
-        [
-            (f"{moment} update", {arm: arms.get(arm, nothing).clip(min=FLOOR) for arm in scores.study.arms}, True)
-            for moment, arms in entropies.items()
-        ],
-        "tokens",
-    )
-    label_below(figure, "entropy of a token, nats")
+    samples = {
+        moment: {arm: arms.get(arm, nothing).clip(min=least) for arm in scores.study.arms}
+        for moment, arms in found.items()
+    }
+    panels = [(f"{moment} update", sample, floor is not None) for moment, sample in samples.items()]
+    figure = _histograms(panels, "tokens")
+    label_below(figure, label)
     return figure
 
 
@@ -283,12 +300,12 @@ def _histograms(panels: Sequence[tuple[str, Mapping[str, Floats], bool]], what: 
 
 
 def _rows_of_histograms(axis: Axes, rows: Sequence[Floats], logarithmic: bool, bins: int = 32) -> Any:
-    """One row of cells a sample; the axis ends at the 98 % quantile, beyond which values count in the last cell.
+    """One row of cells a sample; the axis goes from the 2 % to the 98 % quantile, beyond which the end cells count.
 
-    A logarithmic axis begins at the 2 % quantile, since one tiny value would take most of it.
+    Else one extreme value would take most of it.
     """
     everything = np.concatenate(rows)
-    low, high = (float(x) for x in np.quantile(everything, (0.02 if logarithmic else 0.0, 0.98)))
+    low, high = (float(x) for x in np.quantile(everything, (0.02, 0.98)))
     high = high if high > low else low + 1.0
     edges = np.geomspace(low, high, bins + 1) if logarithmic and low > 0 else np.linspace(low, high, bins + 1)
     shares = np.stack([np.histogram(row.clip(low, high), edges)[0] / max(len(row), 1) for row in rows])

@@ -21,6 +21,13 @@ RESULTS = {
     "your_method": "main_table",
 }
 """The notebooks, and the folder of ``results/`` that each reads by default: where the nox sessions put them."""
+MADE_BY = {
+    "main_table": "nox -s reproduce_main_table",
+    "ablation": "nox -s ablation",
+    "variance": "nox -s variance",
+    "sweeps/modulation": "nox -s sweep",
+}
+"""The command that makes each folder."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def execute_all(results: Path, out: Path, parameters: Mapping[str, Any]) -> Iter
             except InputError as error:
                 yield Executed(name, reason=str(error))
         elif not folder.is_dir():
-            yield Executed(name, reason=f"there is no {folder}")
+            yield Executed(name, reason=f"there is no {folder}; `{MADE_BY[place]}` makes it")
         else:
             yield Executed(name, execute(name, folder, out, parameters))
 

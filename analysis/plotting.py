@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 WIDTH = 6.9  # inches: a text width of A4 or letter paper
 COLUMNS = {"single": 3.25, "double": 6.75}  # inches: widths of figures in a two-column paper
 NARROW = 5.0  # inches: below it, panels go below each other and legends below the figure
+CROWDED = 16  # arms: above it, curves get a panel each where they can, and legends go below the figure
 FORMATS = ("svg", "pdf", "png")
 REFERENCE_GREY = "#9A9A9A"
 
@@ -232,10 +233,12 @@ def compact_log(axis: Axis, *, decades: bool = False) -> None:
 
 
 def legend_right(figure: Figure, axis: Axes) -> None:
-    """One legend for all panels, in a column outside at the right, or in two columns below a narrow figure."""
+    """One legend for all panels: a column outside at the right, or columns below a figure that is narrow or too low."""
     handles, labels = axis.get_legend_handles_labels()
-    if not narrow():
+    if not narrow() and len(labels) <= CROWDED:
         figure.legend(handles, labels, loc="outside right upper", handlelength=2.6, labelspacing=0.55)
         return
-    figure.set_figheight(figure.get_figheight() + 0.15 * -(-len(labels) // 2))
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=2.2, fontsize=6.5)
+    longest = max(map(len, labels))
+    columns = max(1, min(5, int(figure.get_figwidth() / (0.45 + 0.052 * longest))))  # inches: handle, letters
+    figure.set_figheight(figure.get_figheight() + 0.15 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.2, fontsize=6.5)

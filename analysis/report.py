@@ -26,7 +26,7 @@ from analysis.table_scores import (
 )
 from analysis.table_spend import cost_table, ranking_table, rollouts_table, seconds_table, spend_table
 from analysis.table_variance import variance_table
-from analysis.tables import Table, no_html
+from analysis.tables import Table, code_block, no_html, no_links
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_text, clear_partial
 from benchmark.seal import write_manifest
@@ -81,6 +81,28 @@ def write_report(study_dir: Path, readme: Path | None = None, out: Path | None =
         write_readme(readme, scores, differences, answers, place / FIGURES)
     if out is None:
         write_manifest(study_dir, made_by())
+    return path
+
+
+def write_failures(study_dir: Path) -> Path:
+    """REPORT.md of a study of which nothing is done: what failed, where its output is, and what runs it again.
+
+    Raises:
+        InputError: there is no plan.
+    """
+    plan = read_json(study_dir / "plan.json")
+    if plan is None:
+        raise InputError("no plan.json", file=study_dir, remedy="Name the results folder of a study")
+    failed = {(failure["arm"], failure["seed"]): str(failure["error"]) for failure in plan.get("failures", [])}
+    lines = [
+        no_links(f"{cell['arm']}, seed {cell['seed']}: {why} (output: {cell['dir']}/run.log)")
+        for cell in plan["cells"]
+        if (why := failed.get((cell["arm"], cell["seed"]))) is not None
+    ]
+    told = f"No run of {len(plan['cells'])} is done; {len(lines)} failed.\n\n{_listed(lines)}"
+    again = f"They are run again by:\n\n{code_block(plan.get('command') or 'the command that made this study')}"
+    path = study_dir / "REPORT.md"
+    atomic_write_text(path, no_html(f"# {plan['study']}\n\n## What failed\n\n{told}\n{again}\n"))
     return path
 
 
@@ -157,7 +179,7 @@ def _compose(
 
     study = scores.study
     sections = {
-        "What to know first": _listed(caveats(scores)),
+        "What to know first": _listed([no_links(line) for line in caveats(scores)]),
         "Claims": _claims(study, answers),
         "Main table": f"{result}\n\n{table('main_table')}{figure('final_accuracy')}",
         f"Difference to {study.reference}": table("differences") + figure("differences"),
@@ -179,11 +201,11 @@ def _compose(
         "Measured on": _listed(measured_on(study)),
     }
     body = "".join(f"## {title}\n\n{text.strip()}\n\n" for title, text in sections.items() if text.strip())
-    return no_html(f"# {study.name}\n\n{_opening(scores)}\n\n{body.rstrip()}\n")
+    return no_html(f"# {no_links(study.name)}\n\n{_opening(scores)}\n\n{body.rstrip()}\n")
 
 
 def _opening(scores: Scores) -> str:
-    question = str(scores.study.plan.get("question") or "").strip()
+    question = no_links(str(scores.study.plan.get("question") or ""))
     told = facts(scores)
     line = (
         f"{told['runs']}: {told['arms']}, {told['seeds']}, {told['budget']}, scale `{told['scale']}`; final "
@@ -195,8 +217,8 @@ def _opening(scores: Scores) -> str:
 def _claims(study: Study, answers: Sequence[Answer]) -> str:
     if not answers:
         return ""
-    stated = " ".join(str(study.plan.get("decision_rule") or "").split())
-    lines = [f"- **{answer.verdict}**: {answer.text} {_evidence(answer)}\n" for answer in answers]
+    stated = no_links(str(study.plan.get("decision_rule") or ""))
+    lines = [f"- **{answer.verdict}**: {no_links(answer.text)} {_evidence(answer)}\n" for answer in answers]
     links = ", ".join(f"[{suffix}]({TABLES}/claims.{suffix})" for suffix in ("csv", "tex"))
     plan = f"The rule as the plan states it: {stated}\n\n" if stated else ""
     return f"Stated before any run ({links}).\n\n{''.join(lines)}\n{plan}The rule as it was applied: {RULE}"
@@ -220,8 +242,8 @@ def _figure(drawn: Drawn) -> str:
 
 def _reproduce(study: Study) -> str:
     return (
-        f"```\n{reproduce(study)}\n```\n\nOnly missing runs are run. `rolloutbench report` with this folder makes this "
-        "report again from the recorded files."
+        f"{code_block(reproduce(study))}\n\nOnly missing runs are run. `rolloutbench report` with this folder makes "
+        "this report again from the recorded files."
     )
 
 

@@ -97,6 +97,8 @@ def importance(record: SweepRecord) -> Figure | None:
 
 def history(record: SweepRecord) -> Figure | None:
     """Trials in order and the best so far, a panel an arm."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = panels(len(record.labels), 3)
     for axis, (label, style) in zip(axes, styles(record.labels).items(), strict=True):
         numbers, means = _means(record, label)
@@ -105,6 +107,7 @@ def history(record: SweepRecord) -> Figure | None:
         axis.set_title(label, loc="left")
         percent(axis.yaxis)
     for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.set_xlabel("trial")
     axes[0].set_ylabel(f"{metric_name(record.config.objective[0])}, %")
     return figure
@@ -228,9 +231,9 @@ def _axis(record: SweepRecord, label: str, key: str) -> tuple[Floats, Callable[[
     log = bool(space.log)
 
     def label_ticks(axis: Any) -> None:
-        axis.set_major_locator(MaxNLocator(3))
+        axis.set_major_locator(MaxNLocator(3, integer=space.type == "int" and not log))
         if log:
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{10**value:.2g}"))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{float(f'{10**value:.2g}'):g}"))
 
     values = np.array(points, dtype=np.float64)
     return np.log10(values) if log else values, label_ticks

@@ -11,7 +11,7 @@ from analysis.results import read_json
 from analysis.sweep_data import TRIALS, SweepRecord, load_sweep, trial_rows
 from analysis.sweep_figures import write_sweep_figures
 from analysis.sweep_tables import finalists_table, settings_table, tuned_table, tuning_table
-from analysis.tables import Table, no_html
+from analysis.tables import Table, no_html, no_links
 from benchmark.jsonl import atomic_write_text
 from benchmark.seal import write_manifest
 from benchmark.sweep_trial import DONE
@@ -76,7 +76,7 @@ def _opening(record: SweepRecord) -> str:
         f"and the best {counted(config.finalists.count, 'setting')} of every arm then ran on "
         f"{counted(len(config.finalists.seeds), 'fresh seed')}, and only those figures are reported as results."
     )
-    return f"**{config.question}**\n\n{facts}" if config.question else facts
+    return f"**{no_links(config.question)}**\n\n{facts}" if config.question else facts
 
 
 def _problems(record: SweepRecord) -> str:

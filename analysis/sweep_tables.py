@@ -153,6 +153,8 @@ def _range(space: Any) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return "none" if value is None else str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_value, value))})"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -188,6 +188,16 @@ def no_html(markdown: str) -> str:
     return re.sub(r"(?<!\\)<", r"\\<", markdown)
 
 
+def no_links(text: str) -> str:
+    """Words of others in one line of Markdown, in which no bracket makes a link or loads an image."""
+    return re.sub(r"\](?=[(\[:])", r"]\\", re.sub(r"\s*\n\s*", " ", text.strip()))
+
+
+def code_block(line: str) -> str:
+    """One line as a block of code, which nothing in it ends."""
+    return f"```\n{' '.join(line.split()).replace('```', '')}\n```"
+
+
 def latex_text(text: str) -> str:
     """Plain text with every character that LaTeX would not take as it is spelled out."""
     return "".join(_LATEX.get(character, character) for character in text)
@@ -204,5 +214,5 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 def _markdown(cell: Text) -> str:
     # Underscores inside words are safe in Markdown; stars, bars and angle brackets are not.
-    text = re.sub(r"([*|<])", r"\\\1", cell.text)
+    text = re.sub(r"([*|<])", r"\\\1", no_links(cell.text))
     return (f"**{text}**" if cell.bold else text) + (TIED if cell.tied else "")

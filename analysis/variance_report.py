@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,11 +20,11 @@ from analysis.tables import Table
 from analysis.variance_allocators import LABELS, RULES
 from analysis.variance_pool import Statistics
 from analysis.variance_replay import allocation_rows, prompt_rows, proxy, replay
+from analysis.variance_study import SETTINGS, Point, VarianceConfig, plan
+from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_text
+from benchmark.layers import read_yaml, validate
 from benchmark.seal import write_manifest
-
-if TYPE_CHECKING:
-    from analysis.variance_study import Point, VarianceConfig
 
 Row = Mapping[str, Any]
 
@@ -49,6 +49,30 @@ class Frames:
 
 def write_variance_report(config: VarianceConfig, where: Sequence[Point], out: Path) -> Path:
     """Replay every allocator on the pools, write tables, figures, ``REPORT.md`` and ``manifest.json`` into `out`."""
+    path = _write(config, where, out)
+    write_manifest(out, made_by())
+    return path
+
+
+def rebuild_variance_report(folder: Path, out: Path | None = None) -> Path:
+    """The report of a study's folder made again from its pools.
+
+    Args:
+        out: another folder for the report, which gets no manifest; `folder` then stays as it is.
+
+    Raises:
+        InputError: the folder does not say what was measured, or the pools are of another version or gone.
+    """
+    config = validate(VarianceConfig, read_yaml(folder / SETTINGS))
+    where = plan(config, folder)
+    for point in where:
+        if not point.pools.exists():
+            remedy = "Measure it again: `rolloutbench variance`"
+            raise InputError("not measured, or measured by another version", file=point.pools, remedy=remedy)
+    return write_variance_report(config, where, folder) if out is None else _write(config, where, out)
+
+
+def _write(config: VarianceConfig, where: Sequence[Point], out: Path) -> Path:
     budget = _shown_budget(config, where[0].config.rollout.rollouts_per_prompt)
     frames = collect(where, config.budgets, budget)
     first = where[0].label
@@ -64,7 +88,6 @@ def write_variance_report(config: VarianceConfig, where: Sequence[Point], out: P
     drawn = write_variance_figures(frames.ratios, frames.prompts, frames.allocations, budget, out / "figures")
     path = out / "REPORT.md"
     atomic_write_text(path, _compose(config, where, frames, budget, tables, drawn))
-    write_manifest(out, made_by())
     return path
 
 

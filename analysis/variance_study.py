@@ -25,6 +25,7 @@ from benchmark.jsonl import atomic_write_json
 from benchmark.progress import Bar, Display
 
 Tell = Callable[[float], None]
+SETTINGS = "variance.json"
 VERSION = 3  # of what a pool's file holds: raised when its numbers change
 
 
@@ -137,6 +138,7 @@ def run_variance_study(
         _perform(train, workers, shown, "training", "runs")
     with display() as shown:  # one that takes its pace anew
         _perform(measure, workers, shown, "gradient variance", "prompts")
+    atomic_write_json(out / SETTINGS, config.model_dump(mode="json"))
     return write_variance_report(config, points, out)
 
 

@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,26 @@ from benchmark.config_model import BackendConfig
 from benchmark.decode import generate
 from benchmark.numerics import check_sampled
 from benchmark.policy import Policy
-from benchmark.rollouts import Rollouts, concatenate
+from benchmark.rollouts import Rollouts, concatenate, ragged_index
 from benchmark.scoring import TokenStatistics, states, vocabulary_statistics
 from benchmark.transformer import Weights
 
-Piece = tuple[Rollouts, int, int]
-"""Part of an update batch: its rollouts, and where its tokens begin and end in the batch."""
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of an update batch that is passed at a time.
+
+    Attributes:
+        rollouts: its rollouts. place: where their tokens are in the batch, flat.
+    """
+
+    rollouts: Rollouts
+    place: slice | Tensor
+
+    @property
+    def cost(self) -> int:
+        """Tokens to pass, prompts included."""
+        return len(self.rollouts.tokens) + len(self.rollouts.prompt_tokens)
 
 
 @dataclass(frozen=True)
@@ -82,12 +98,14 @@ class Backend(ABC):
     Attributes:
         policy: the model in training. config: how it is run.
         exact: sampled log-probabilities are those of `score` to rounding, so ratios start at 1.
+        divided: each process holds a part of the weights (`benchmark.sharding`), and all make every pass together.
     """
 
     policy: Policy
     config: BackendConfig
     usage: Usage = field(default_factory=Usage)
     exact: bool = True
+    divided: bool = False
 
     def generate(self, request: Request) -> Rollouts:
         """Rollouts ordered by prompt, then by number.
@@ -96,7 +114,8 @@ class Backend(ABC):
             NumericalError: a log-probability is not finite or above 0.
         """
         start = time.perf_counter()
-        rollouts = self._generate(request) if ranks.size() == 1 else self._divide(request)
+        with self.whole():
+            rollouts = self._generate(request) if ranks.size() == 1 else self._divide(request)
         check_sampled(rollouts)
         self.usage.requests += 1
         self.usage.prompt_tokens += len(rollouts.prompt_tokens)
@@ -132,10 +151,15 @@ class Backend(ABC):
 
     @abstractmethod
     def split(self, batch: Rollouts, parts: int = 1) -> list[Piece]:
-        """Consecutive pieces of at most ``config.tokens_per_pass`` tokens each, or of one unit that cannot be cut.
+        """Pieces of at most ``config.tokens_per_pass`` tokens each, or of one unit that cannot be cut.
 
-        Pieces are also no larger than a part if `parts` shared the batch equally.
+        Pieces are consecutive unless the weights are divided, and no larger than a part if `parts` shared the batch
+        equally.
         """
+
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """What `generate` runs in: brings divided weights together."""
+        return contextlib.nullcontext()
 
     def rest(self) -> None:  # noqa: B027 (most share the policy's memory)
         """No more samples until the next `load_weights`: give memory to the update."""
@@ -187,7 +211,7 @@ def by_prompts(batch: Rollouts, limit: int, parts: int = 1) -> list[Piece]:
     """
     limit = min(limit, -(-(len(batch.tokens) + len(batch.prompt_tokens)) // parts))
     if len(batch.tokens) + len(batch.prompt_tokens) <= limit:
-        return [(batch, 0, len(batch.tokens))]
+        return [Piece(batch, slice(0, len(batch.tokens)))]
     per_prompt = torch.zeros(batch.prompts, dtype=torch.int64).index_add_(0, batch.prompt.cpu(), batch.length.cpu())
     pieces: list[Piece] = []
     chosen: list[int] = []
@@ -196,12 +220,12 @@ def by_prompts(batch: Rollouts, limit: int, parts: int = 1) -> list[Piece]:
         cost = tokens + int(batch.prompt_length[prompt])
         if chosen and load + cost > limit:
             rows = batch.select_prompts(torch.tensor(chosen, device=batch.tokens.device))
-            pieces.append((rows, begin, begin + len(rows.tokens)))
+            pieces.append(Piece(rows, slice(begin, begin + len(rows.tokens))))
             begin, chosen, load = begin + len(rows.tokens), [], 0
         chosen.append(prompt)
         load += cost
     rows = batch.select_prompts(torch.tensor(chosen, device=batch.tokens.device))
-    return [*pieces, (rows, begin, begin + len(rows.tokens))]
+    return [*pieces, Piece(rows, slice(begin, begin + len(rows.tokens)))]
 
 
 def by_rollouts(batch: Rollouts, limit: int, parts: int = 1) -> list[Piece]:
@@ -213,14 +237,32 @@ def by_rollouts(batch: Rollouts, limit: int, parts: int = 1) -> list[Piece]:
     limit = min(limit, -(-sum(cost) // parts))
     lengths = batch.length.tolist()
     pieces: list[Piece] = []
+    number = torch.arange(len(batch), device=batch.tokens.device)
     first = begin = load = end = 0
     for row, tokens in enumerate(cost):
         if row > first and load + tokens > limit:
-            pieces.append((batch.ungrouped(first, row), begin, end))
+            pieces.append(Piece(batch.ungrouped(number[first:row]), slice(begin, end)))
             first, begin, load = row, end, 0
         load += tokens
         end += lengths[row]
-    return [*pieces, (batch.ungrouped(first, len(batch)), begin, end)]
+    return [*pieces, Piece(batch.ungrouped(number[first:]), slice(begin, end))]
+
+
+def by_length(batch: Rollouts, limit: int, parts: int = 1) -> list[Piece]:
+    """Cut `batch`, sorted by length, so that each piece is one padded array of at most `limit` tokens, or one rollout.
+
+    Longest first; prompts and padding count. No piece holds more than one of `parts` equal shares.
+    """
+    cost = batch.prompt_length[batch.prompt] + batch.length
+    order = torch.argsort(cost, descending=True, stable=True)
+    sizes = cost[order].tolist()
+    limit = min(limit, -(-sum(sizes) // parts))
+    edges = [0]
+    for place in range(1, len(sizes)):
+        if (place - edges[-1] + 1) * sizes[edges[-1]] > limit:
+            edges.append(place)
+    chosen = [order[first:last] for first, last in pairwise([*edges, len(sizes)])]
+    return [Piece(batch.ungrouped(rows), ragged_index(rows, batch.length)) for rows in chosen]
 
 
 def make(policy: Policy, config: BackendConfig, model: str | Path = "") -> Backend:

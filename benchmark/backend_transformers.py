@@ -7,18 +7,21 @@ a step is the same in every arm, and (up to rounding) in both backends.
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmark.backend import Backend, Piece, Request, by_rollouts
+from benchmark import sharding
+from benchmark.backend import Backend, Piece, Request, by_length, by_rollouts
 from benchmark.config_model import BackendConfig
 from benchmark.decode import COMPACT_BELOW, sample
 from benchmark.errors import InputError
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts, concatenate, starts
+from benchmark.scoring import TokenStatistics
 
 PADDING = 1.15
 """A padded batch holds at most this many times its tokens."""
@@ -41,7 +44,7 @@ class TransformersBackend(Backend):
                 value=settings.model_type,
                 remedy="Use a model whose logits are hidden states times a matrix",
             )
-        self.head = head
+        self.head, self.divided = head, sharding.divided(policy.model)
 
     def load_weights(self) -> None:
         """Nothing to do: the policy itself samples."""
@@ -119,8 +122,9 @@ class TransformersBackend(Backend):
     def states(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
         """See `Backend.states`."""
         with self._precision():
-            hidden = torch.cat([self._states(batch, rows) for rows in _padded_batches(batch)])
-            order = torch.cat(_padded_batches(batch))
+            # Divided weights are brought together for each pass, and all processes must make the same number of them.
+            parts = _padded_batches(batch, math.inf if self.divided else PADDING)
+            hidden, order = torch.cat([self._states(batch, rows) for rows in parts]), torch.cat(parts)
             lengths = batch.length[order]
             place = torch.empty_like(order)
             place[order] = torch.arange(len(order), device=order.device)
@@ -129,9 +133,21 @@ class TransformersBackend(Backend):
             hidden = hidden[flat + torch.arange(len(batch.tokens), device=flat.device)]
         return hidden, self.head.weight.to(hidden.dtype)
 
+    def score(self, batch: Rollouts, temperature: float) -> TokenStatistics:
+        """See `Backend.score`."""
+        seen = super().score(batch, temperature)
+        if self.divided and not torch.is_grad_enabled():  # else the backward pass does
+            self.policy.model.reshard()
+        return seen
+
     def split(self, batch: Rollouts, parts: int = 1) -> list[Piece]:
         """See `Backend.split`."""
-        return by_rollouts(batch, self.config.tokens_per_pass, parts)
+        cut = by_length if self.divided else by_rollouts
+        return cut(batch, self.config.tokens_per_pass, parts)
+
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """See `Backend.whole`."""
+        return sharding.gathered(self.policy.model)
 
     def _states(self, batch: Rollouts, rows: Tensor) -> Tensor:
         """Hidden states that predict the generated tokens of `rows`, one row after the other, (tokens, d)."""
@@ -154,15 +170,14 @@ class TransformersBackend(Backend):
     def _hidden(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
         """Final hidden states (rows, columns, d) of the model without its head."""
         model = self.policy.model
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        inputs["use_cache"] = cache is not None
+        if self.divided:
+            states: Tensor = model.read(**inputs)
+            return states
         core = (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
-        found: Tensor = core(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
-        return found
+        states = core(**inputs).last_hidden_state
+        return states
 
     def _precision(self) -> contextlib.AbstractContextManager[None]:
         if self.config.dtype == "float32":
@@ -175,14 +190,14 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
 
-def _padded_batches(batch: Rollouts) -> list[Tensor]:
-    """Rollouts sorted by length and cut so that no padded batch holds more than `PADDING` times its tokens."""
+def _padded_batches(batch: Rollouts, padding: float) -> list[Tensor]:
+    """Rollouts sorted by length and cut so that no padded batch holds more than `padding` times its tokens."""
     total = batch.prompt_length[batch.prompt] + batch.length
     order = torch.argsort(total, descending=True, stable=True)
     parts, first, load = [], 0, 0
     sizes = total[order].tolist()
     for place, size in enumerate(sizes):
-        if place > first and (place - first + 1) * sizes[first] > PADDING * (load + size):
+        if place > first and (place - first + 1) * sizes[first] > padding * (load + size):
             parts.append(order[first:place])
             first, load = place, 0
         load += size

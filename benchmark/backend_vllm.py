@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmark import ranks, streams
+from benchmark import ranks, sharding, streams
 from benchmark.backend import Request
 from benchmark.backend_transformers import TransformersBackend
 from benchmark.config_model import BackendConfig, VLLMConfig
@@ -79,11 +79,17 @@ class VLLMBackend(TransformersBackend):
 
     def load_weights(self) -> None:
         """See `Backend.load_weights`."""
-        if ranks.rank() == 0:
+        first = ranks.rank() == 0
+        weights = merged(self.policy.model, getattr(torch, self.config.dtype)) if first or self.divided else {}
+        if first:
             file = Path(self._folder.name) / "policy.safetensors"
-            save_file(merged(self.policy.model, getattr(torch, self.config.dtype)), file)
+            save_file(weights, file)
             self.engine.load(file)
         ranks.agree(None)  # the others wait for it
+
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing to bring together: the engine has its own copy."""
+        return contextlib.nullcontext()
 
     def rest(self) -> None:
         """See `Backend.rest`."""
@@ -218,7 +224,7 @@ def merged(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, value in (model.get_base_model() if adapters else model).named_parameters():
             if "lora_" not in name:
-                found[name.replace(".base_layer.", ".")] = value.detach().to(dtype, copy=True).contiguous()
+                found[name.replace(".base_layer.", ".")] = sharding.kept(value).to(dtype, copy=True).contiguous()
         return found
     finally:
         if adapters:

@@ -73,7 +73,7 @@ def replay(folder: Path) -> dict[str, Any]:
     config, signal = RunConfig.model_validate(about.pop("config")), about.pop("signal")
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(config, Path(scratch), lambda _: None)
-        checkpoint.put(tensors, run.policy, run.optimiser)
+        checkpoint.put(tensors.__getitem__, tensors.keys(), run.policy, run.optimiser)
         run.updater.updates, run.updater.signal, run.updater.trace = about["update"], signal, None
         try:
             metrics = _again(run, tensors, about)

@@ -9,12 +9,17 @@ cells through lease files and need no coordinator:
   lease files would let it.
 * The owner's heartbeat is its lease's mtime. A lease is stale when that stopped, measured by the file
   system's own clock, or at once when its process is known to be dead (same host, boot and pid namespace).
-* An owner that was only asleep sees the higher number (`Lease.held`) and leaves the cell alone from then on.
+* An owner that was only asleep sees the higher number (`Lease.held`) and leaves the cell alone from then on. What
+  would hurt its heir, to begin the records and to write checkpoints and ``result.json``, is done under a lock and only
+  by the latest lease (`Lease.fence`). Where a file system has no locks, a process that falls asleep between the look
+  and the write is the one case left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import socket
@@ -22,7 +27,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,13 +45,22 @@ from benchmark.seal import sealed
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
+LOCK = "lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+Fence = Callable[[], contextlib.AbstractContextManager[object]]
+"""Makes a context that only the present owner of a cell enters, one process at a time (`Lease.fence`)."""
 
 
 class RunCell(Protocol):
     """What runs or resumes a cell (`benchmark.run.run_cell`)."""
 
-    def __call__(self, config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
-        """Run `config` into `out`, ``result.json`` last; raise `Interrupted` after a checkpoint once `should_stop`."""
+    def __call__(self, config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence) -> None:
+        """Run `config` into `out`, ``result.json`` last; raise `Interrupted` after a checkpoint once `should_stop`.
+
+        Records are begun, checkpoints and the result are written inside `fence`.
+        """
 
 
 class Job(ABC):
@@ -60,7 +74,7 @@ class Job(ABC):
         """Identity of the work; ``result.json`` repeats it."""
 
     @abstractmethod
-    def execute(self, run: RunCell, should_stop: Callable[[], bool]) -> None:
+    def execute(self, run: RunCell, should_stop: Callable[[], bool], fence: Fence) -> None:
         """Do the work or go on with it; `run` trains."""
 
     def result(self) -> dict[str, Any] | None:
@@ -117,10 +131,10 @@ class Cell(Job):
         """Identity of the run."""
         return self.config.run_hash
 
-    def execute(self, run: RunCell, should_stop: Callable[[], bool]) -> None:
+    def execute(self, run: RunCell, should_stop: Callable[[], bool], fence: Fence) -> None:
         """Run or resume the cell."""
         self.check()
-        run(self.config, self.folder, should_stop=should_stop)
+        run(self.config, self.folder, should_stop=should_stop, fence=fence)
 
     def check(self) -> None:
         """Refuse a folder that another run left its record in.
@@ -160,6 +174,26 @@ class Lease:
     def held(self) -> bool:
         """Whether this is still the cell's latest lease."""
         return _latest(self.path.parent) == int(self.path.name)
+
+    @contextlib.contextmanager
+    def fence(self) -> Iterator[None]:
+        """Hold the cell's lock as its owner: an heir that comes meanwhile waits, and this process's later writes fail.
+
+        Raises:
+            LeaseLostError: another process took the cell over.
+            StorageError: the folder cannot be written.
+        """
+        with storing(self.path), contextlib.ExitStack() as stack:
+            lock = os.open(self.path.with_name(LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+            stack.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            if not self.held:
+                raise LeaseLostError(f"{self.path.parent.parent} has a new owner, or was deleted")
+            yield
 
     def release(self) -> None:
         """Let others have the cell."""

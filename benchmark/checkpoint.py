@@ -12,15 +12,16 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmark import sharding
 from benchmark.errors import StorageError, storing
 from benchmark.jsonl import PARTIAL, sync_folder
 from benchmark.policy import Policy
@@ -31,10 +32,11 @@ _NAME = re.compile(r"step-(\d+)-point-(\d+)-([0-9a-f]{64})\.safetensors")
 _log = logging.getLogger("rolloutbench.checkpoint")
 
 
-def save(
-    folder: Path, policy: Policy, optimiser: torch.optim.Optimizer, history: dict[str, Tensor], state: dict[str, Any]
-) -> None:
+def save(folder: Path, tensors: dict[str, Tensor], history: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write the checkpoint of ``state["step"]`` and ``state["points"]``; the one before it is kept, older ones go.
+
+    Args:
+        tensors: weights and moments (`tensors_of`).
 
     Raises:
         StorageError: it cannot be written; the ones before are still there.
@@ -44,7 +46,7 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         try:
             memory = {f"history/{key}": value for key, value in history.items()}
-            save_file(tensors_of(policy, optimiser) | memory, partial, {"state": json.dumps(state)})
+            save_file(tensors | memory, partial, {"state": json.dumps(state)})
         except SafetensorError as error:
             raise StorageError(folder, str(error), "Free some space; the same command then goes on") from error
         with partial.open("rb") as file:
@@ -56,11 +58,11 @@ def save(
 
 
 def tensors_of(policy: Policy, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and optimiser moments by name."""
-    tensors = {f"policy/{key}": value.detach().contiguous() for key, value in policy.parameters().items()}
+    """Weights and optimiser moments by name. Where processes hold parts of them, all ask, and the first has them."""
+    tensors = {f"policy/{key}": sharding.kept(value).contiguous() for key, value in policy.parameters().items()}
     for key, parameter in policy.parameters().items():
         for moment, value in optimiser.state.get(parameter, {}).items():
-            tensors[f"optimiser/{moment}/{key}"] = value.contiguous()
+            tensors[f"optimiser/{moment}/{key}"] = sharding.kept(value).contiguous()
     return tensors
 
 
@@ -86,19 +88,23 @@ def latest(folder: Path, fits: Callable[[dict[str, Any]], bool] = lambda _: True
 
 def load(file: Path, policy: Policy, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Put weights and optimiser moments of `file` in place; returns the history's tensors."""
-    tensors = load_file(file)
-    put(tensors, policy, optimiser)
-    return {key.removeprefix("history/"): value for key, value in tensors.items() if key.startswith("history/")}
+    with safe_open(file, framework="pt") as opened:  # tensor by tensor: every process of a run reads all of them
+        names = set(opened.keys())
+        put(opened.get_tensor, names, policy, optimiser)
+        return {n.removeprefix("history/"): opened.get_tensor(n) for n in names if n.startswith("history/")}
 
 
-def put(tensors: dict[str, Tensor], policy: Policy, optimiser: torch.optim.Optimizer) -> None:
-    """The inverse of `tensors_of`."""
+def put(
+    read: Callable[[str], Tensor], names: Collection[str], policy: Policy, optimiser: torch.optim.Optimizer
+) -> None:
+    """The inverse of `tensors_of`: `read` gives the tensor of a name."""
     with torch.no_grad():
         for key, parameter in policy.parameters().items():
-            parameter.copy_(tensors[f"policy/{key}"])
-            moments = {m: tensors[f"optimiser/{m}/{key}"] for m in MOMENTS if f"optimiser/{m}/{key}" in tensors}
+            parameter.copy_(sharding.like(read(f"policy/{key}"), parameter))
+            moments = {m: read(f"optimiser/{m}/{key}") for m in MOMENTS if f"optimiser/{m}/{key}" in names}
             if moments:
-                optimiser.state[parameter] = {m: value.clone() for m, value in moments.items()}
+                step = {"step": moments.pop("step").clone()} if "step" in moments else {}
+                optimiser.state[parameter] = {m: sharding.like(v, parameter) for m, v in moments.items()} | step
 
 
 def clear(folder: Path) -> None:

@@ -237,24 +237,19 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's results.")],
     readme: Annotated[Path | None, typer.Option(help="Write the marked parts of this README too.")] = None,
 ) -> None:
-    """Rebuild REPORT.md, index.html, tables and figures of a study or a sweep.
+    """Rebuild REPORT.md, index.html, tables and figures of a study, a sweep or measured variances.
 
     \b
     Examples:
       rolloutbench report results/main_table
       rolloutbench report results/main_table --readme README.md
     """
-    _plan_in(folder)
-    if (folder / "sweep.yaml").exists():
-        from analysis.sweep_report import write_sweep_report
+    if not (folder / "variance.json").exists():
+        _plan_in(folder)
+    check_folder(folder)
+    from analysis.rebuild import rebuild
 
-        write_sweep_report(folder)
-        typer.echo(f"done: {folder / 'REPORT.md'}")
-    else:
-        from analysis.report import write_report
-
-        write_report(folder, readme)
-        typer.echo(f"done: {folder / 'REPORT.md'} and {folder / 'index.html'}")
+    typer.echo(f"done: {rebuild(folder, readme)}")
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from benchmark.ledger import Admission, Budget, Ledger, Prices
 from benchmark.method import Method, Probe
 from benchmark.policy import Policy
 from benchmark.probing import alignment, gradient_norms, halves
+from benchmark.recall import Recall, joined
 from benchmark.rollouts import Rollouts, concatenate, merge
 from benchmark.verdict import Verdict, flipped, reward
 from benchmark.verifier import Verifier
@@ -42,6 +43,7 @@ class Collector:
     clock: Clock
     place: int = 0  # prompts consumed from the pool's sequence
     flip_rate: float = 0.0  # chance that a verdict is the opposite (`VerifierConfig`)
+    recall: Recall = field(default_factory=Recall)
 
     @property
     def policy(self) -> Policy:
@@ -82,13 +84,32 @@ class Collector:
         kept = kept or [(drawn[0], torch.zeros(0, dtype=torch.int64, device=self.clock.device))]
         rollouts = concatenate([d.rollouts.select_prompts(c) for d, c in kept])
         verdicts = [d.verdicts[row] for d, c in kept for row in d.rollouts.rows_of(c).tolist()]
+        prompts = [d.prompts[p] for d, c in kept for p in c.tolist()]
+        if self.method.recalls:
+            rollouts, verdicts = self._recall(step, rollouts, verdicts, prompts)
+            for draw in drawn:
+                self.recall.remember(draw)
         groups = self.groups(
             rollouts, verdicts, HistoryView.concatenate([d.history.select(c.cpu().numpy()) for d, c in kept])
         )
         rows = torch.nonzero(self.method.keep_rollouts(groups)).flatten()
-        prompts = [d.prompts[p] for d, c in kept for p in c.tolist()]
         judged = [verdicts[row] for row in rows.tolist()]
         return Batch(rollouts.select_rows(rows), groups, drawn, prompts, judged, rows)
+
+    def _recall(
+        self, step: int, rollouts: Rollouts, verdicts: list[Verdict], prompts: list[int]
+    ) -> tuple[Rollouts, list[Verdict]]:
+        """`rollouts` with a kept correct one in each group without one, scored by the policy that trains; charged."""
+        found = self.recall.missing(rollouts, verdicts, prompts)
+        if found is None:
+            return rollouts, verdicts
+        alone = found.ungrouped(torch.arange(len(found), device=found.prompt.device))
+        with self.clock.phase("forward"), torch.no_grad():
+            seen = self.backend.score(alone, self.config.temperature)
+        made = len(alone.tokens)
+        flops = self.prices.forward(made + len(alone.prompt_tokens))
+        self.ledger.charge(step, "recall", tokens_scored=made, flops=flops)
+        return joined(rollouts, verdicts, replace(found, log_prob=seen.log_prob))
 
     def exhaust(self, step: int) -> Batch:
         """Spend the rest of the budget on rollouts that do not train, for an engine that cannot use so few."""

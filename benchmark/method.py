@@ -239,6 +239,15 @@ class Method:
         return 1
 
     @property
+    def recalls(self) -> bool:
+        """Whether a group that trains and has no correct rollout gets the prompt's newest one from an earlier visit.
+
+        It is scored by the policy that trains, which is charged, and is part of `Groups` in `credit`; the history and
+        the count of rollouts leave it out.
+        """
+        return False
+
+    @property
     def rounds(self) -> Rounds:
         """How often a draw may go on; one round is a draw that `extend` is not asked about."""
         return Rounds(1)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from benchmark import ranks
+from benchmark import ranks, sharding
 from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig
 from benchmark.errors import StorageError, storing
 from benchmark.jsonl import PARTIAL, sync_folder
@@ -80,10 +80,21 @@ class Policy:
         loaded = cls(model, AutoTokenizer.from_pretrained(path), template or TemplateConfig())
         for value in loaded.parameters().values():  # fresh adapters are random
             ranks.share(value.data, 0)
+        if sharding.wanted():
+            sharding.divide(model)
         return loaded
 
-    def save(self, path: Path) -> None:
+    def gathered(self) -> dict[str, Tensor] | None:
+        """All weights by name, for the first process to save, if each process holds a part; all ask together."""
+        if not sharding.divided(self.model):
+            return None
+        return {name: sharding.kept(value) for name, value in self.model.named_parameters()}
+
+    def save(self, path: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write model (safetensors) and tokenizer as a transformers folder, which is there whole or not at all.
+
+        Args:
+            weights: those of `gathered`.
 
         Raises:
             StorageError: it cannot be written.
@@ -93,7 +104,7 @@ class Policy:
             for old in (partial, path):
                 shutil.rmtree(old, ignore_errors=True)
             try:
-                self.model.save_pretrained(partial)
+                self.model.save_pretrained(partial, state_dict=weights)
                 self.tokenizer.save_pretrained(partial)
             except SafetensorError as error:  # how safetensors says that the disk is full
                 raise StorageError(path, str(error), "Free some space; the same command then goes on") from error

@@ -86,7 +86,7 @@ def _check_memory(backend: Backend, optimiser: torch.optim.Optimizer, prompt: Te
     try:
         # What AdamW keeps comes with its first step, and has to fit beside the activations.
         moments = [torch.empty_like(value) for value in parameters if not optimiser.state.get(value) for _ in range(2)]
-        piece = max(backend.split(batch), key=lambda piece: len(piece[0].tokens) + len(piece[0].prompt_tokens))[0]
+        piece = max(backend.split(batch), key=lambda piece: piece.cost).rollouts
         seen = backend.score(piece, rollout.temperature)
         (seen.log_prob.mean() + seen.entropy.mean()).backward()  # type: ignore[no-untyped-call]
         del moments

@@ -3,7 +3,8 @@
 `accelerate launch` starts them. Every process makes the whole run: same prompts, streams, decisions and weights. What
 costs is divided: each samples and verifies for some of the prompts, and passes some pieces of an update batch, whose
 gradients are added up before the optimiser's step. Losses are normalised over the whole update batch, so the number of
-processes changes results by rounding only. The first process writes the record.
+processes changes results by rounding only. The first process writes the record. Each holds all weights, or a part of
+them (`benchmark.sharding`).
 
 A process alone needs none of this: every function here then does nothing, or all of the work itself.
 """
@@ -23,11 +24,7 @@ from benchmark.errors import InputError
 
 PATIENCE = timedelta(hours=3)
 """How long a process waits for the others: one may sample long answers while the rest are done."""
-SHARDED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron",
-}
+OTHERS = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron"}
 
 T = TypeVar("T")
 
@@ -36,16 +33,14 @@ def start() -> None:
     """Join the processes that were launched together, if there are several; does nothing the second time.
 
     Raises:
-        InputError: the launcher was told to shard the model.
+        InputError: the launcher was told to divide the model in another way than FSDP's.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
-    for name, what in SHARDED.items():
+    for name, what in OTHERS.items():
         if os.environ.get(name, "false").lower() == "true":
-            remedy = "Launch with --multi_gpu alone; policy.lora and backend.gradient_checkpointing save memory"
-            raise InputError(
-                f"a run keeps a whole copy of its weights on every GPU, not {what}", key=name, remedy=remedy
-            )
+            remedy = "Launch with --use_fsdp, which divides weights, gradients and moments as ZeRO-3 does"
+            raise InputError(f"a run does not train through {what}", key=name, value="true", remedy=remedy)
     from accelerate import PartialState
 
     PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)

@@ -94,15 +94,14 @@ class Rollouts:
         """Rollout numbers of the groups of `prompts`, in the order `select_prompts` keeps them."""
         return torch.cat([torch.nonzero(self.prompt == p).flatten() for p in prompts.tolist()] or [self.prompt[:0]])
 
-    def ungrouped(self, begin: int, end: int) -> Rollouts:
-        """Rollouts `begin` to `end`, each with its own copy of its prompt."""
-        rows = torch.arange(begin, end, device=self.prompt.device)
+    def ungrouped(self, rows: Tensor) -> Rollouts:
+        """Some rollouts (int64) in that order, each with its own copy of its prompt."""
         prompts, flat = self.prompt[rows], ragged_index(rows, self.length)
         return replace(
             self,
             prompt_tokens=self.prompt_tokens[ragged_index(prompts, self.prompt_length)],
             prompt_length=self.prompt_length[prompts],
-            prompt=rows - begin,
+            prompt=torch.arange(len(rows), device=rows.device),
             tokens=self.tokens[flat],
             length=self.length[rows],
             log_prob=self.log_prob[flat],

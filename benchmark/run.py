@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import yaml
 
-from benchmark import backend, bundle, checkpoint, engine, machine, ranks, registry
+from benchmark import backend, bundle, checkpoint, engine, machine, ranks, registry, sharding
+from benchmark.cells import Fence
 from benchmark.clock import Clock
 from benchmark.collect import Collector
 from benchmark.config import RunConfig
@@ -37,6 +38,7 @@ from benchmark.policy import Policy, prepare_machine
 from benchmark.preflight import check_verifier, preflight
 from benchmark.probing import prompt_features
 from benchmark.problems import digest, load_task
+from benchmark.recall import Recall
 from benchmark.result import result_of
 from benchmark.source import code_state
 from benchmark.staleness import Past
@@ -62,14 +64,21 @@ class RunProgress:
     message: str
 
 
+Tell = Callable[[RunProgress], None]
+
+
 def run_cell(
     config: RunConfig,
     out: Path,
     *,
-    progress: Callable[[RunProgress], None] | None = None,
+    progress: Tell | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    fence: Fence = contextlib.nullcontext,
 ) -> None:
     """Run or resume one cell into the folder `out`; ``result.json`` is written last and means done.
+
+    Records are begun, checkpoints and the result are written inside `fence`, which raises if another process owns the
+    cell by then.
 
     Raises:
         Interrupted: `should_stop` became true; a checkpoint was written first.
@@ -84,7 +93,7 @@ def run_cell(
         checkpoint.clear(out / "checkpoint")  # left by a process killed just after its last file
         return
     _claim_folder(config, out)
-    run = Run(config, out, progress or (lambda _: None))
+    run = Run(config, out, progress or (lambda _: None), fence)
     try:
         with run.verifier, contextlib.closing(run.backend):
             if config.policy.path is not None:
@@ -147,12 +156,13 @@ def _claim_folder(config: RunConfig, out: Path) -> None:
 class Run:
     """The state of one run and its loop."""
 
-    def __init__(self, config: RunConfig, out: Path, progress: Callable[[RunProgress], None]) -> None:
-        self.config, self.out, self.progress = config, out, progress
+    def __init__(self, config: RunConfig, out: Path, progress: Tell, fence: Fence = contextlib.nullcontext) -> None:
+        self.config, self.out, self.progress, self.fence = config, out, progress, fence
         self.started = time.time()
         device = prepare_machine()
         self.clock = Clock(device)
         self.method = registry.build(config.method.name, config.method.params)
+        sharding.check(config, self.method)
         written, start = config.policy, ensure_policy(config)
         policy = Policy.load(start, device, backend=config.backend, template=written.template, lora=written.lora)
         self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
@@ -165,7 +175,7 @@ class Run:
         self.evaluator = Evaluator(held_out_pool, self.backend, self.verifier, rollout.max_tokens, temperature)
         self.budget = Budget(config.budget.currency, config.budget.amount)
         self.history = PromptHistory(len(train), self.method.half_life)
-        self.prices, self.past = Prices(policy.size), Past(rollout.staleness)
+        self.prices, self.past, self.recall = Prices(policy.size), Past(rollout.staleness), Recall()
         self.step, self.points, self.elapsed, self.seconds = 0, 0, 0.0, dict[str, float]()
         self.saved: tuple[int, int] | None = None  # step and points of the newest checkpoint
         self.save_after = time.monotonic() + CHECKPOINT_SECONDS
@@ -177,7 +187,7 @@ class Run:
         if features.size and fresh:
             read = sum(map(len, pool.tokens))
             self.ledger.charge(0, "features", tokens_scored=read, flops=self.prices.forward(read))
-        self.collector = Collector(
+        parts = (
             self.method,
             pool,
             self.backend,
@@ -186,11 +196,9 @@ class Run:
             self.ledger,
             self.budget,
             self.prices,
-            rollout,
-            self.clock,
-            self.place,
-            config.verifier.flip_rate,
         )
+        noise = config.verifier.flip_rate
+        self.collector = Collector(*parts, rollout, self.clock, self.place, noise, self.recall)
         self.updater = Updater(
             self.method,
             self.backend,
@@ -228,7 +236,7 @@ class Run:
                 self._save()
                 raise Interrupted
             self.step_once()
-            if time.monotonic() >= self.save_after:
+            if ranks.agree(time.monotonic() >= self.save_after):
                 self._save()
         self._save()
         self._evaluate(final=True)
@@ -286,10 +294,20 @@ class Run:
     # -- what is on disk -----------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Write a checkpoint, unless this very state has one; records go to the disk before what counts on them."""
-        if self.saved == (self.step, self.points) or ranks.rank() > 0:
+        """Write a checkpoint, unless this very state has one."""
+        if self.saved == (self.step, self.points):
             return
         begin = time.monotonic()
+        tensors = checkpoint.tensors_of(self.policy, self.optimiser)
+        if ranks.rank() == 0:
+            with self.fence():
+                self._write_checkpoint(tensors)
+        now = time.monotonic()
+        self.saved = (self.step, self.points)
+        self.save_after = now + max(CHECKPOINT_SECONDS, 20 * (now - begin))
+
+    def _write_checkpoint(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Records go to the disk before what counts on them."""
         for record in self.records.values():
             record.check()
             record.sync()
@@ -308,21 +326,19 @@ class Run:
             "records": {name: fingerprint(self.out / name) for name in RECORDS},
         }
         history = {name: torch.from_numpy(values) for name, values in self.history.state().items()}
-        history |= self.past.state()
-        checkpoint.save(self.out / "checkpoint", self.policy, self.optimiser, history, state)
-        now = time.monotonic()
-        self.saved = (self.step, self.points)
-        self.save_after = now + max(CHECKPOINT_SECONDS, 20 * (now - begin))
+        history |= self.past.state() | self.recall.state()
+        checkpoint.save(self.out / "checkpoint", tensors, history, state)
 
     def _resume(self) -> bool:
         """Continue from the newest whole checkpoint, or (False) from nothing: records are cut back to what it knew."""
-        first = ranks.rank() == 0
-        found = ranks.agree(checkpoint.latest(self.out / "checkpoint", self._fits) if first else None)
-        kept = found[1]["records"] if first and found else {}
         self.place = self.updates = 0
         self.signal, self.code = [0.0, 0.0, 0.0], [code_state()]
-        for name in RECORDS:
-            self.records[name] = restart(self.out / name, kept.get(name, (0, ""))[0], done=self.out / "result.json")
+        with self.fence():
+            found = checkpoint.latest(self.out / "checkpoint", self._fits) if ranks.rank() == 0 else None
+            kept = found[1]["records"] if found else {}
+            for name in RECORDS:
+                self.records[name] = restart(self.out / name, kept.get(name, (0, ""))[0], done=self.out / "result.json")
+        found = ranks.agree(found)
         self.ledger.record = self.records["ledger.jsonl"]
         if found is None:
             return False
@@ -330,6 +346,7 @@ class Run:
         history = checkpoint.load(file, self.policy, self.optimiser)
         self.history.restore({name: values.numpy() for name, values in history.items()})
         self.past.restore(history, self.policy)
+        self.recall.restore(history)
         self.step, self.place, self.points = state["step"], state["place"], state["points"]
         self.saved = (self.step, self.points)
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]
@@ -370,12 +387,14 @@ class Run:
         self.progress(RunProgress(self.budget.currency, self.budget.amount, spent, self.step, message))
 
     def _finish(self) -> None:
+        weights = self.policy.gathered()
         if ranks.rank() > 0:
             return
-        for record in self.records.values():
-            record.check()
-            record.sync()
-        self.policy.save(self.out / "policy")
-        self.report("done", f"{self.step} steps")
-        atomic_write_json(self.out / "result.json", result_of(self))
-        checkpoint.clear(self.out / "checkpoint")
+        with self.fence():
+            for record in self.records.values():
+                record.check()
+                record.sync()
+            self.policy.save(self.out / "policy", weights)
+            self.report("done", f"{self.step} steps")
+            atomic_write_json(self.out / "result.json", result_of(self))
+            checkpoint.clear(self.out / "checkpoint")

@@ -166,7 +166,7 @@ def run_study(
         failed = {cell.folder.name: why for cell in cells if (why := cell.failure(invocation)) is not None}
         done = sum(cell.result() is not None for cell in cells)
         if failed:
-            atomic_write_json(folder / "plan.json", {**record, "failures": _failures(cells, failed)})
+            _tell_failures(folder, record, cells, failed, report=not done)
         if done and not interrupts.count:
             replicates = plan.study.gradient_variance_replicates if done == len(cells) else 0
             (report or partial(_write_report, replicates=replicates))(folder)
@@ -215,7 +215,7 @@ def run_single(config: RunConfig, out: Path, *, display: Display | None = None) 
     told: list[bool] = []
     with lease, Interrupts(patience=1) as interrupts, display:
         try:
-            run_cell(config, out, progress=show, should_stop=should_stop)
+            run_cell(config, out, progress=show, should_stop=should_stop, fence=lease.fence)
         except Interrupted:
             return Outcome(0, 1, {}, True)
     return Outcome(1, 1, {}, False)
@@ -359,12 +359,20 @@ def _write_report(folder: Path, replicates: int = 0) -> None:
     write_report(folder)
 
 
-def _failures(cells: Sequence[Cell], failed: dict[str, str]) -> list[dict[str, Any]]:
-    return [
+def _tell_failures(
+    folder: Path, record: dict[str, Any], cells: Sequence[Cell], failed: dict[str, str], *, report: bool
+) -> None:
+    """What failed in this invocation, in ``plan.json``, and in a report where nothing is done."""
+    failures = [
         {"arm": cell.config.arm, "seed": cell.config.seed, "error": failed[cell.folder.name]}
         for cell in cells
         if cell.folder.name in failed
     ]
+    atomic_write_json(folder / "plan.json", {**record, "failures": failures})
+    if report:
+        from analysis.report import write_failures
+
+        write_failures(folder)
 
 
 def _announce(display: Display, folder: Path, record: dict[str, Any], missing: int, taken: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from benchmark.cells import Cell, Job, RunCell, read_json
+from benchmark.cells import Cell, Fence, Job, RunCell, read_json
 from benchmark.config import digest
 from benchmark.errors import InputError, Interrupted
 from benchmark.jsonl import Row, atomic_write_json, read_rows
@@ -58,7 +58,7 @@ class Trial(Job):
         seeds = self.sweep.config.seeds
         return [Cell.of(self.root, self.sweep.run(self.label, self.name, setting, seed)) for seed in seeds]
 
-    def execute(self, run: RunCell, should_stop: Callable[[], bool]) -> None:
+    def execute(self, run: RunCell, should_stop: Callable[[], bool], fence: Fence) -> None:
         """Draw the setting, or take the one drawn before; run what is missing of its cells; tell Optuna.
 
         Raises:
@@ -97,8 +97,8 @@ class Trial(Job):
             watch = config.pruner == "median" and place == 0
             halt = _Halt(trial, cell, config.objective[0], should_stop) if watch else should_stop
             try:
-                with wait_for(cell.folder):
-                    cell.execute(run, halt)
+                with wait_for(cell.folder) as lease:
+                    cell.execute(run, halt, lease.fence)
             except FloatingPointError as error:
                 # The same setting would end the same way again: that is an outcome, not a fault to retry.
                 atomic_write_json(cell.folder / "diverged.json", {"error": str(error)})

@@ -80,6 +80,7 @@ class Trace:
                 given = given * credit.mask[flat]
             channels = {
                 "entropy": seen.entropy[flat],
+                "ratio": (seen.log_prob - part.log_prob)[flat].exp(),
                 "advantage": given,
                 "factor": given / advantage[flat],  # NaN where there is no advantage to modulate
             }

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmark import ranks, streams
+from benchmark import ranks, sharding, streams
 from benchmark.averages import Averages, observe
 from benchmark.backend import Backend, Piece
 from benchmark.clock import Clock
@@ -116,7 +116,8 @@ class Updater:
         Truncated importance sampling: min(pi_train / pi_sample, cap), (T,). Ratios and clip ranges then start from the
         policy that is trained, whatever the sampler's rounding.
         """
-        seen = _join(self._score_ahead(step, rollouts, self.backend.split(rollouts, ranks.size())))
+        pieces = self.backend.split(rollouts, ranks.size())
+        seen = _join(self._score_ahead(step, rollouts, pieces), pieces)
         gap = seen.log_prob - rollouts.log_prob
         count, cap = float(len(gap)), self.backend.config.importance_cap
         metrics.add("policy/logprob_abs_diff", gap.abs().mean(), count)
@@ -146,11 +147,12 @@ class Updater:
         credit = TokenCredit(advantage)
         mine = [number for number, owner in enumerate(owners) if owner == ranks.rank()]
         # A minibatch that fits in one pass is scored once, for the method's eyes and for its gradient.
-        ready = {number: self._score(pieces[number][0]) for number in mine} if fits else {}
+        ready = {number: self._score(pieces[number].rollouts) for number in mine} if fits else {}
         if self.method.modulates:
             ahead = _exchange(pieces, owners, ready) if fits else self._score_ahead(step, part, pieces)
-            tokens = self._tokens(step, part, advantage, rollout, ahead, sampler)
-            with batch.blamed(lambda: sound(_join(ahead), part.log_prob, advantage, self.backend.policy.vocabulary)):
+            seen = _join(ahead, pieces)
+            tokens = self._tokens(step, part, advantage, rollout, seen, self._head(ahead, part), sampler)
+            with batch.blamed(lambda: sound(seen, part.log_prob, advantage, self.backend.policy.vocabulary)):
                 credit = self.method.modulate(tokens)
             if tokens.head is not None and tokens.head.meter.flops:
                 self.ledger.charge(step, "head", flops=tokens.head.meter.flops)
@@ -161,16 +163,17 @@ class Updater:
         total = torch.zeros((), device=part.tokens.device)
         scored: dict[int, Scored] = {}
         half: Tensor | None = None
-        for number, (rows, begin, end) in enumerate(pieces):
+        for number, piece in enumerate(pieces):
             if number in mine:
-                piece = ready.pop(number) if fits else self._score(rows)
-                loss = self._loss(piece, part, slice(begin, end), weights, credit, sampler)
+                pass_ = ready.pop(number) if fits else self._score(piece.rollouts)
+                loss = self._loss(pass_, part, piece.place, weights, credit, sampler)
                 with self.clock.phase("backward"):
                     loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
-                scored[number] = Scored(_join([piece]))
-            half = self._gradient() if end == middle else half
-        whole = _join(_exchange(pieces, owners, scored))
+                scored[number] = Scored(_detached(pass_))
+            half = self._gradient() if isinstance(piece.place, slice) and piece.place.stop == middle else half
+        self._keep_step(pieces, len(mine))
+        whole = _join(_exchange(pieces, owners, scored), pieces)
         with self.clock.phase("backward"):
             self._add_up(total, half)
         good = sound(whole, part.log_prob, credit.advantage, self.backend.policy.vocabulary)
@@ -188,20 +191,33 @@ class Updater:
             return self.backend.split(part, ranks.size()), -1
         number = torch.arange(part.prompts, device=part.tokens.device)
         low, high = part.select_prompts(number[:half]), part.select_prompts(number[half:])
-        later = [(rows, middle + begin, middle + end) for rows, begin, end in self.backend.split(high, ranks.size())]
+        later = [replace(piece, place=_moved(piece.place, middle)) for piece in self.backend.split(high, ranks.size())]
         return [*self.backend.split(low, ranks.size()), *later], middle
 
     def _divide(self, pieces: list[Piece]) -> tuple[list[int], bool]:
         """The process of each piece, and whether every process can hold all of its own at a time."""
-        costs = [len(rows.tokens) + len(rows.prompt_tokens) for rows, _, _ in pieces]
+        costs = [piece.cost for piece in pieces]
+        if self.backend.divided:
+            # In turns, so that those passed at the same time are of like size and no process has two more than another.
+            return [number % ranks.size() for number in range(len(pieces))], len(pieces) == ranks.size()
         owners = ranks.owners(costs)
         loads = [[cost for cost, owner in zip(costs, owners, strict=True) if owner == r] for r in range(ranks.size())]
         fits = all(len(load) < 2 or sum(load) <= self.backend.config.tokens_per_pass for load in loads)
         return owners, fits and not (ranks.size() > 1 and self.method.needs & {"head", "rollout_head"})
 
+    def _keep_step(self, pieces: list[Piece], passed: int) -> None:
+        """Where layers are brought together for every pass, all processes make the same number: what lacks is empty."""
+        if self.backend.divided and passed * ranks.size() < len(pieces):
+            idle = self._score(pieces[-1].rollouts).statistics.log_prob.sum() * 0.0
+            if idle.requires_grad:
+                idle.backward()  # type: ignore[no-untyped-call]
+
     def _add_up(self, total: Tensor, half: Tensor | None) -> None:
         """Loss and gradients of all processes in place of this one's."""
         if ranks.size() == 1:
+            return
+        if self.backend.divided:  # its gradients are added up as they come
+            ranks.add([total])
             return
         for parameter in self.backend.policy.parameters().values():
             if parameter.grad is None:
@@ -213,7 +229,7 @@ class Updater:
         self,
         piece: Scored,
         part: Rollouts,
-        here: slice,
+        here: slice | Tensor,
         weights: Tensor,
         credit: TokenCredit,
         sampler: Head | None,
@@ -244,7 +260,8 @@ class Updater:
         everywhere = bool(self.method.needs & {"head", "rollout_head"})
         owners = [ranks.rank()] * len(pieces) if everywhere else self._divide(pieces)[0]
         with torch.no_grad():
-            own = {n: self._score(rows) for n, (rows, _, _) in enumerate(pieces) if owners[n] == ranks.rank()}
+            own = {n: self._score(piece.rollouts) for n, piece in enumerate(pieces) if owners[n] == ranks.rank()}
+            self._keep_step(pieces, len(own))
         parts = list(own.values()) if everywhere else _exchange(pieces, owners, own)
         read = len(part.tokens) + int(part.prompt_length.sum())
         self.ledger.charge(step, "score", tokens_scored=len(part.tokens), flops=self.prices.forward(read))
@@ -256,11 +273,12 @@ class Updater:
         part: Rollouts,
         advantage: Tensor,
         rollout: Tensor,
-        scored: Sequence[Scored],
+        seen: TokenStatistics,
+        head: Head | None,
         sampler: Head | None,
     ) -> Tokens:
         draws = streams.generator(self.seed, "token", step, self.updates).random(len(part.tokens))
-        seen, meter = _join(scored), Meter()
+        meter = Meter()
         return Tokens(
             advantage,
             seen.log_prob,
@@ -272,11 +290,11 @@ class Updater:
             torch.from_numpy(draws).to(advantage),
             self.method.loss,
             part.prompt[rollout],
-            self._head(scored, part, meter),
+            None if head is None else replace(head, meter=meter),
             None if sampler is None else replace(sampler, meter=meter),
         )
 
-    def _head(self, scored: Sequence[Scored], part: Rollouts, meter: Meter) -> Head | None:
+    def _head(self, scored: Sequence[Scored], part: Rollouts) -> Head | None:
         """The output layer at every token of the minibatch, detached, with the step that the optimiser would take."""
         heads = [piece.head for piece in scored if piece.head is not None]
         if not heads:
@@ -284,7 +302,7 @@ class Updater:
         hidden = torch.cat([head.hidden.detach() for head in heads])
         parameter = self.backend.policy.model.get_output_embeddings().weight
         step = partial(adam_step, self.optimiser, parameter, self._rate)
-        return replace(heads[0].detach(), hidden=hidden, token=part.tokens, step=step, meter=meter)
+        return replace(heads[0].detach(), hidden=hidden, token=part.tokens, step=step)
 
     def _gradient(self) -> Tensor:
         """The gradient so far, all weights as one vector (D,)."""
@@ -320,7 +338,8 @@ class Updater:
             rate = self._rate * factor
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
-            norm = torch.nn.utils.clip_grad_norm_(self.backend.policy.parameters().values(), self.config.gradient_clip)
+            parameters = self.backend.policy.parameters().values()
+            norm = sharding.whole(torch.nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip))
             require(good | {"gradient norm": torch.isfinite(norm)}, batch)
             self.optimiser.step()
         self.updates += 1
@@ -328,10 +347,23 @@ class Updater:
         metrics.add("optim/learning_rate", torch.tensor(rate))
 
 
-def _join(parts: Sequence[Scored]) -> TokenStatistics:
-    """The statistics of consecutive pieces as one, detached."""
+def _detached(scored: Scored) -> TokenStatistics:
+    return TokenStatistics(*(value.detach() for value in vars(scored.statistics).values()))
+
+
+def _join(parts: Sequence[Scored], pieces: Sequence[Piece]) -> TokenStatistics:
+    """The statistics of all `pieces` in the order of the batch's tokens, detached."""
     columns = ([getattr(part.statistics, field.name).detach() for part in parts] for field in fields(TokenStatistics))
-    return TokenStatistics(*map(torch.cat, columns))
+    joined = map(torch.cat, columns)
+    places = [piece.place for piece in pieces if isinstance(piece.place, Tensor)]
+    if not places:  # consecutive
+        return TokenStatistics(*joined)
+    place = torch.cat(places)
+    return TokenStatistics(*(torch.empty_like(column).index_copy_(0, place, column) for column in joined))
+
+
+def _moved(place: slice | Tensor, by: int) -> slice | Tensor:
+    return slice(place.start + by, place.stop + by) if isinstance(place, slice) else place + by
 
 
 def _exchange(pieces: list[Piece], owners: list[int], own: dict[int, Scored]) -> list[Scored]:
@@ -339,9 +371,10 @@ def _exchange(pieces: list[Piece], owners: list[int], own: dict[int, Scored]) ->
     if ranks.size() == 1:
         return list(own.values())
     made = []
-    for number, (rows, _, _) in enumerate(pieces):
-        seen = torch.empty(len(fields(TokenStatistics)), len(rows.tokens), device=rows.tokens.device)
+    for number, piece in enumerate(pieces):
+        tokens = piece.rollouts.tokens
+        seen = torch.empty(len(fields(TokenStatistics)), len(tokens), device=tokens.device)
         if number in own:
-            seen = torch.stack(list(vars(_join([own[number]])).values()))
+            seen = torch.stack(list(vars(_detached(own[number])).values()))
         made.append(Scored(TokenStatistics(*ranks.share(seen, owners[number]))))
     return made

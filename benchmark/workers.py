@@ -129,7 +129,7 @@ def _attempt(cell: Job, lease: Lease, invocation: str, stop: Stop, run: RunCell)
 
     with _output_to(cell.folder / "run.log"):
         try:
-            cell.execute(run, should_stop)
+            cell.execute(run, should_stop, lease.fence)
             cell.clear_failure()
         except Exception as error:
             # Once told to stop, a run ends by raising; whatever else went wrong shows when it is resumed.

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
+from benchmark.cells import Fence
 from benchmark.config import RunConfig
 from benchmark.jsonl import append_rows, atomic_write_json, atomic_write_text
 from benchmark.layers import dump
@@ -26,7 +28,7 @@ def progress(config: RunConfig, out: Path, share: float, state: str = "running")
     atomic_write_json(out / "progress.json", {**row, "message": "step"})
 
 
-def finish(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def finish(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """A run that is over at once; the last digit of its pass@1 is its seed's."""
     atomic_write_text(out / "config.yaml", dump(config))
     append_rows(
@@ -42,7 +44,7 @@ def finish(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> 
     atomic_write_json(out / "result.json", result)
 
 
-def fail_rloo(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def fail_rloo(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """One arm does not work."""
     if config.arm == "rloo":
         print("about to fail")
@@ -50,14 +52,19 @@ def fail_rloo(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) 
     finish(config, out, should_stop=should_stop)
 
 
-def kill_rloo(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def fail_all(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
+    """No arm works."""
+    raise ValueError("<b>nothing</b>\nworks today")
+
+
+def kill_rloo(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """One arm takes its process down, as the kernel does when memory runs out."""
     if config.arm == "rloo":
         os.kill(os.getpid(), signal.SIGKILL)
     finish(config, out, should_stop=should_stop)
 
 
-def with_helper(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def with_helper(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """Ends a helper process of its own the polite way, as a verifier does with one that hangs."""
     helper = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"])
     time.sleep(0.3)
@@ -66,12 +73,12 @@ def with_helper(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]
     finish(config, out, should_stop=should_stop)
 
 
-def exit_early(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def exit_early(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """Must not be called."""
     raise AssertionError("a finished cell was run again")
 
 
-def patient(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def patient(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """Steps until it is told to stop, then saves; what it saved lets it finish at once."""
     if (out / "checkpoint").exists():
         finish(config, out, should_stop=should_stop)
@@ -84,7 +91,7 @@ def patient(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) ->
         time.sleep(0.01)
 
 
-def deaf(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def deaf(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """Never asks whether to stop."""
     helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (out / "helper").write_text(str(helper.pid))
@@ -92,7 +99,7 @@ def deaf(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> No
     time.sleep(60)
 
 
-def robbed(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def robbed(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """Another process takes the cell over in the middle of the run and finishes it."""
     (out / "lease" / "7").touch()
     progress(config, out, 0.5)

@@ -7,8 +7,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
+from benchmark.cells import Fence
 from benchmark.config import RunConfig
 from benchmark.errors import Interrupted
 from benchmark.jsonl import append_rows, atomic_write_json, atomic_write_text
@@ -44,7 +46,7 @@ def evaluate(config: RunConfig, out: Path, point: int, *, final: bool) -> None:
     append_rows(out / "evaluation.jsonl", rows)
 
 
-def train(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def train(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """A run that is over at once."""
     out.mkdir(parents=True, exist_ok=True)
     if (out / "result.json").exists():
@@ -71,7 +73,7 @@ def train(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> N
     atomic_write_json(out / "result.json", result)
 
 
-def slow(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def slow(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """Ten steps with a checkpoint after each; a run that goes on does not repeat one."""
     out.mkdir(parents=True, exist_ok=True)
     if (out / "result.json").exists():
@@ -86,7 +88,7 @@ def slow(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> No
     train(config, out, should_stop=should_stop)
 
 
-def look_back(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def look_back(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """Evaluated on the way, where it may be told to stop."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "result.json").exists():
@@ -100,7 +102,7 @@ def look_back(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) 
     train(config, out, should_stop=should_stop)
 
 
-def die_once(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def die_once(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """The second seed of every trial takes its worker process down, the first time."""
     if config.seed == 1 and config.arm.endswith("t001") and not (out / "died").exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -109,14 +111,14 @@ def die_once(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -
     train(config, out, should_stop=should_stop)
 
 
-def fail_one(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def fail_one(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """One trial does not work until somebody mends it."""
     if config.arm == "grpo-t002" and not (out.parent.parent / "mended").exists():
         raise ValueError("broken today")
     train(config, out, should_stop=should_stop)
 
 
-def diverge(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) -> None:
+def diverge(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """Large learning rates diverge."""
     if config.optimiser.learning_rate > 1e-3:
         out.mkdir(parents=True, exist_ok=True)
@@ -125,11 +127,13 @@ def diverge(config: RunConfig, out: Path, *, should_stop: Callable[[], bool]) ->
 
 
 def main() -> None:
-    """``python fake_sweep.py FILE DIR``: a launcher of its own, for tests that kill it."""
+    """``python fake_sweep.py FILE DIR [URL]``: a launcher of its own, for tests that kill it."""
     from benchmark.sweep import run_sweep
     from benchmark.sweep_space import read_sweep
 
-    run_sweep(read_sweep(Path(sys.argv[1])), Path(sys.argv[2]), workers=2, run=slow, prepare_policy=lambda _: None)
+    file, folder, *url = sys.argv[1:]
+    sweep, storage = read_sweep(Path(file)), url[0] if url else None
+    run_sweep(sweep, Path(folder), workers=2, url=storage, run=slow, prepare_policy=lambda _: None)
 
 
 if __name__ == "__main__":

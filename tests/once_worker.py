@@ -20,7 +20,7 @@ STUDY, COUNT, HOST, STALE = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], fl
 socket.gethostname = lambda: HOST
 
 from benchmark import cells  # noqa: E402 (the name of the host is read once)
-from benchmark.cells import Cell, claim  # noqa: E402
+from benchmark.cells import Cell, Lease, LeaseLostError, claim  # noqa: E402
 from benchmark.config import RunConfig  # noqa: E402
 from benchmark.errors import StorageError  # noqa: E402
 from benchmark.jsonl import append_rows, atomic_write_json, read_rows, restart  # noqa: E402
@@ -28,17 +28,20 @@ from benchmark.jsonl import append_rows, atomic_write_json, read_rows, restart  
 STEPS = 4
 
 
-def work(cell: Cell) -> None:
+def work(cell: Cell, lease: Lease) -> None:
     """One cell to its end; the result is a chain of hashes over its steps, so a lost or doubled step changes it."""
     path = cell.folder / "steps.jsonl"
-    record = restart(path, read_rows(path)[1], done=cell.folder / "result.json")
+    with lease.fence():
+        record = restart(path, read_rows(path)[1], done=cell.folder / "result.json")
     rows = read_rows(path)[0]
     chain = rows[-1]["chain"] if rows else cell.run_hash
     for step in range(len(rows), STEPS):
         chain = hashlib.sha256(f"{chain} {step}".encode()).hexdigest()
         time.sleep(0.01)
         record.append([{"step": step, "chain": chain}])
-    atomic_write_json(cell.folder / "result.json", {"run_hash": cell.run_hash, "chain": chain})
+    with lease.fence():
+        record.check()
+        atomic_write_json(cell.folder / "result.json", {"run_hash": cell.run_hash, "chain": chain})
     append_rows(STUDY / "finished.jsonl", [{"seed": cell.config.seed, "pid": os.getpid(), "host": HOST}])
 
 
@@ -60,8 +63,8 @@ def main() -> None:
                 except BlockingIOError:
                     append_rows(STUDY / "violations.jsonl", [{"cell": cell.folder.name, "pid": os.getpid()}])
                 try:
-                    work(cell)
-                except StorageError as error:  # taken over while this process slept
+                    work(cell, lease)
+                except (LeaseLostError, StorageError) as error:  # taken over while this process slept
                     append_rows(STUDY / "noticed.jsonl", [{"pid": os.getpid(), "error": str(error)}])
                 finally:
                     os.close(inside)

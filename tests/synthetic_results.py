@@ -202,6 +202,7 @@ def _traces(recipe: Recipe, rng: np.random.Generator) -> list[dict[str, Any]]:
                     factor = (1 + 0.2 * rng.random(len(tokens))).round(4)
                     rollout |= {"advantage_of_rollout": advantage, "factor": factor.tolist()}
                     rollout["advantage"] = (advantage * factor).round(4).tolist()
+                    rollout["ratio"] = np.exp(0.1 * rng.standard_normal(len(tokens))).round(4).tolist()
                 rollouts.append(rollout)
             family = recipe.families[number % len(recipe.families)]
             head = {"phase": phase, "step": step, "item": f"{family}/{number}", "family": family}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from benchmark import ranks
-from benchmark.backend import Backend, NativeBackend, Request, by_prompts, by_rollouts, make
+from benchmark.backend import Backend, NativeBackend, Piece, Request, by_length, by_prompts, by_rollouts, make
 from benchmark.backend_transformers import TransformersBackend
 from benchmark.backend_vllm import merged
 from benchmark.clock import Clock
@@ -28,7 +29,7 @@ from benchmark.groups import Groups
 from benchmark.ledger import Ledger, Prices
 from benchmark.policy import Policy
 from benchmark.registry import build
-from benchmark.rollouts import Rollouts
+from benchmark.rollouts import ragged_index
 from benchmark.update import Updater, make_optimiser
 from benchmark.vllm_server import command
 from benchmark.vocabulary import build_tokenizer
@@ -129,18 +130,20 @@ def test_pieces_hold_every_token_once_in_order_and_keep_to_the_limit(limit: int)
     batch = both()[0].generate(request([4, 0, 3, 6]))
     for cut in (by_prompts, by_rollouts):
         pieces = cut(batch, limit)
-        assert [begin for _, begin, _ in pieces] == [0, *(end for _, _, end in pieces[:-1])]
-        assert torch.equal(torch.cat([rows.tokens for rows, _, _ in pieces]), batch.tokens)
-        assert torch.equal(torch.cat([rows.log_prob for rows, _, _ in pieces]), batch.log_prob)
-        for rows, _, _ in pieces:
-            size = len(rows.tokens) + len(rows.prompt_tokens)
-            assert size <= limit or (len(rows) == 1 if cut is by_rollouts else rows.prompts == 1)
+        assert torch.equal(
+            torch.cat([torch.arange(len(batch.tokens))[p.place] for p in pieces]), torch.arange(len(batch.tokens))
+        )
+        assert torch.equal(torch.cat([piece.rollouts.tokens for piece in pieces]), batch.tokens)
+        assert torch.equal(torch.cat([piece.rollouts.log_prob for piece in pieces]), batch.log_prob)
+        for piece in pieces:
+            rows = piece.rollouts
+            assert piece.cost <= limit or (len(rows) == 1 if cut is by_rollouts else rows.prompts == 1)
     prompts = torch.split(batch.prompt_tokens, batch.prompt_length.tolist())
     owners = [prompts[p].tolist() for p in batch.prompt.tolist()]
     read = [
         ids.tolist()
-        for rows, _, _ in by_rollouts(batch, limit)
-        for ids in torch.split(rows.prompt_tokens, rows.prompt_length.tolist())
+        for piece in by_rollouts(batch, limit)
+        for ids in torch.split(piece.rollouts.prompt_tokens, piece.rollouts.prompt_length.tolist())
     ]
     assert read == owners
 
@@ -150,13 +153,31 @@ def test_pieces_add_up_to_the_whole_gradient() -> None:
     batch = backend.generate(request([4, 0, 3, 6]))
     weight = torch.randn(len(batch.tokens), generator=torch.Generator().manual_seed(5))
 
-    def gradient(pieces: list[tuple[Rollouts, int, int]]) -> Tensor:
+    def gradient(pieces: list[Piece]) -> Tensor:
         backend.policy.model.zero_grad()
-        for rows, begin, end in pieces:
-            (weight[begin:end] * backend.score(rows, 1.0).log_prob).sum().backward()
+        for piece in pieces:
+            (weight[piece.place] * backend.score(piece.rollouts, 1.0).log_prob).sum().backward()
         return torch.cat([p.grad.flatten() for p in backend.policy.model.parameters()])
 
-    assert relative(gradient(by_rollouts(batch, 20)), gradient([(batch, 0, len(batch.tokens))])) < 1e-5
+    whole = gradient([Piece(batch, slice(0, len(batch.tokens)))])
+    for cut in (by_rollouts, by_length):
+        assert relative(gradient(cut(batch, 20)), whole) < 1e-5
+
+
+@pytest.mark.parametrize("limit", [1, 20, 30, 1000])
+def test_pieces_by_length_are_rectangles_that_hold_every_token_once(limit: int) -> None:
+    batch = both()[0].generate(request([4, 0, 3, 6]))
+    pieces = by_length(batch, limit)
+    place = torch.cat([torch.arange(len(batch.tokens))[piece.place] for piece in pieces])
+    assert torch.equal(place.sort().values, torch.arange(len(batch.tokens)))
+    assert torch.equal(torch.cat([piece.rollouts.tokens for piece in pieces]), batch.tokens[place])
+    lengths = [(p.rollouts.prompt_length[p.rollouts.prompt] + p.rollouts.length).tolist() for p in pieces]
+    assert all(a >= b for a, b in pairwise(chain.from_iterable(lengths)))
+    assert all(len(rows) * rows[0] <= limit or len(rows) == 1 for rows in lengths)
+    for piece in pieces:
+        rows = torch.searchsorted(batch.length.cumsum(0), piece.place, right=True).unique_consecutive()
+        prompts = batch.prompt_tokens[ragged_index(batch.prompt[rows], batch.prompt_length)]
+        assert torch.equal(piece.rollouts.prompt_tokens, prompts)
 
 
 def test_an_architecture_that_only_transformers_knows(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import pytest
 
 import benchmark
 from benchmark import cells
-from benchmark.cells import Cell, Lease, claim, claim_next, left_by, owner
+from benchmark.cells import LOCK, Cell, Lease, LeaseLostError, claim, claim_next, left_by, owner
 from benchmark.config import RunConfig
 from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_json, atomic_write_text
@@ -293,3 +294,63 @@ def test_racing_workers_run_each_cell_exactly_once_though_some_are_killed(tmp_pa
     takeovers = sum(len(list(folder.glob("lease/[0-9]*"))) > 2 for folder in tmp_path.glob("cells/*"))
     assert takeovers >= 1
     assert len(seeds) - 50 <= takeovers
+
+
+# -- the fence -----------------------------------------------------------------------------------------------
+
+
+def overslept(folder: Path) -> tuple[Lease, Lease]:
+    """A lease whose heartbeat stopped long ago, and its heir's."""
+    sleeper = claim(folder)
+    assert sleeper is not None
+    os.utime(sleeper.path, (LONG_AGO, LONG_AGO))
+    heir = claim(folder)
+    assert heir is not None
+    return sleeper, heir
+
+
+def test_only_the_latest_owner_passes_the_fence(tmp_path: Path) -> None:
+    sleeper, heir = overslept(tmp_path)
+    with pytest.raises(LeaseLostError, match="new owner"), sleeper.fence():
+        raise AssertionError("a sleeper was let in")
+    with heir.fence(), sleeper:
+        assert heir.held
+    with heir.fence():  # as often as one likes
+        pass
+    assert (tmp_path / "lease" / LOCK).read_bytes() == b""
+
+
+def test_an_heir_waits_for_a_sleeper_inside_the_fence(tmp_path: Path) -> None:
+    sleeper = claim(tmp_path)
+    assert sleeper is not None
+    order: list[str] = []
+    waiting = threading.Event()
+
+    def inherit(heir: Lease) -> None:
+        waiting.set()
+        with heir.fence():
+            order.append("heir")
+
+    with sleeper.fence():
+        os.utime(sleeper.path, (LONG_AGO, LONG_AGO))
+        heir = claim(tmp_path)
+        assert heir is not None
+        thread = threading.Thread(target=inherit, args=[heir])
+        thread.start()
+        assert waiting.wait(10)
+        thread.join(0.2)
+        order.append("sleeper")
+    thread.join(10)
+    assert order == ["sleeper", "heir"]
+
+
+def test_a_fence_without_locks_still_asks_whose_cell_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cells.fcntl, "flock", refuse)
+    sleeper, heir = overslept(tmp_path)
+    with heir.fence():
+        pass
+    with pytest.raises(LeaseLostError), sleeper.fence():
+        raise AssertionError("a sleeper was let in")

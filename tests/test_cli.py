@@ -63,7 +63,12 @@ def training(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     seen: list[RunConfig] = []
 
     def run_cell(
-        config: RunConfig, out: Path, *, progress: Callable[[Any], None], should_stop: Callable[[], bool]
+        config: RunConfig,
+        out: Path,
+        *,
+        progress: Callable[[Any], None],
+        should_stop: Callable[[], bool],
+        fence: cells.Fence,
     ) -> None:
         seen.append(config)
         if config.seed == 13:
@@ -338,8 +343,8 @@ def test_report_and_mirror_act_on_a_study_folder(monkeypatch: pytest.MonkeyPatch
             return False
 
     monkeypatch.setitem(sys.modules, "benchmark.mirror", Stub("benchmark.mirror", Mirror=Mirror))
-    written = Stub("analysis.report", write_report=lambda *given: calls.append(("report", *map(str, given))))
-    monkeypatch.setitem(sys.modules, "analysis.report", written)
+    written = Stub("analysis.rebuild", rebuild=lambda *given: calls.append(("report", *map(str, given))))
+    monkeypatch.setitem(sys.modules, "analysis.rebuild", written)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert call("report", tmp_path).exit_code == 0
     assert call("report", tmp_path, "--readme", "README.md").exit_code == 0

@@ -6,11 +6,16 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import rcParams
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from analysis import figures_paper as paper
@@ -147,25 +152,29 @@ def test_both_panels_of_entropy_and_gradient_norm_have_numbers(scores: Scores) -
         assert any(label.get_visible() and label.get_text() for label in axis.get_yticklabels())
 
 
-def test_token_entropies_are_those_of_the_first_and_of_the_last_update(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("channel", "draw"), [("entropy", paper.token_entropy), ("ratio", paper.token_ratio)])
+def test_numbers_of_tokens_are_those_of_the_first_and_of_the_last_update(
+    tmp_path: Path, channel: str, draw: Callable[[Scores], Figure | None]
+) -> None:
     recipe = synthetic.Recipe(
         arms={"grpo": 0.0, "dynamo": 0.1}, seeds=(0, 1), items=8, steps=6, traced=("Compute 6*7.",)
     )
     scores = Scores(load_study(synthetic.make_study(tmp_path, recipe)))
-    found = paper.token_entropies(scores.study)
+    found = paper.traced_tokens(scores.study, channel)
     expected: dict[str, list[float]] = {"first": [], "last": []}
     for cell in (tmp_path / "cells").glob("dynamo-*"):
         for line in (cell / "traces.jsonl").read_text().splitlines():
             row = json.loads(line)
             if row["phase"] == "training":
                 moment = "last" if row["step"] == 5 else "first"
-                expected[moment] += [value for rollout in row["rollouts"] for value in rollout["entropy"]]
+                expected[moment] += [value for rollout in row["rollouts"] for value in rollout[channel]]
     assert expected["first"]
     assert expected["last"]
     for moment, values in expected.items():
         assert sorted(found[moment]["dynamo"]) == sorted(values)
     with theme():
-        figure = paper.token_entropy(scores)
+        figure = draw(scores)
+        assert paper._tokens(scores, "none", "what was not recorded") is None
     assert figure is not None
     assert [axis.get_title("left") for axis in figure.axes[:2]] == ["first update", "last update"]
 
@@ -176,3 +185,26 @@ def test_a_study_reduced_to_two_arms_has_their_numbers(scores: Scores) -> None:
     assert (pair.final("dynamo", "pass_at_1") == scores.final("dynamo", "pass_at_1")).all()
     with pytest.raises(InputError, match="rloo"):
         only(scores.study, ["rloo"], "rloo")
+
+
+def test_forty_arms_are_all_named_inside_every_figure(tmp_path: Path) -> None:
+    arms = {"grpo": 0.0, "dynamo": 0.02} | {f"an_arm_of_number_{number}": 0.0 for number in range(38)}
+    recipe = synthetic.Recipe(arms=arms, seeds=(0, 1), items=4, steps=4)
+    scores = Scores(load_study(synthetic.make_study(tmp_path, recipe)))
+    with theme():
+        for name, draw in paper_figures(scores).items():
+            figure = draw()
+            if figure is None or name == "rollouts_per_prompt":  # shows allocating arms only
+                continue
+            figure.set_dpi(rcParams["savefig.dpi"])
+            FigureCanvasAgg(figure).draw()
+            named = {
+                text.get_text(): text.get_window_extent() for text in figure.findobj(Text) if text.get_text() in arms
+            }
+            assert set(named) >= arms.keys() - {"grpo"}, name
+            for arm, box in named.items():
+                assert figure.bbox.x0 <= box.x0, (name, arm)
+                assert box.x1 <= figure.bbox.x1, (name, arm)
+                assert figure.bbox.y0 <= box.y0, (name, arm)
+                assert box.y1 <= figure.bbox.y1, (name, arm)
+            figure.clear()

@@ -21,19 +21,22 @@ from benchmark.jsonl import read_rows
 
 ROOT = Path(__file__).parent.parent
 DRIVER = Path(__file__).with_name("ranks_driver.py")
+DIVISIBLE = ["grpo", "entropy_loss", "dynamo", "kl_cov"]
 ARMS = ["grpo", "entropy_loss", "dynamo", "kl_cov", "capo", "dppo_kl", "oblr_po"]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def environment() -> dict[str, str]:
+def environment(*, divided: bool = False) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    asked = {"ACCELERATE_USE_FSDP": "true"} if divided else {}
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""} | asked
 
 
-def python(arguments: list[str]) -> None:
-    line = [sys.executable, *arguments]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+def python(arguments: list[str], *, divided: bool = False, fails: bool = False) -> str:
+    line, env = [sys.executable, *arguments], environment(divided=divided)
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=900)
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stderr
 
 
 def test_a_process_alone_does_everything_itself() -> None:
@@ -63,21 +66,23 @@ def test_a_part_of_a_request_keeps_the_streams_of_its_rollouts() -> None:
     assert part.keys.tolist() == part.lanes.tolist() == [2, 3, 4, 5]
 
 
-def test_a_launcher_that_would_shard_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_would_divide_the_model_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="FSDP"):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match="does not train through DeepSpeed"):
         ranks.start()
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_loss_gradients_and_weights_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("divided", [False, True], ids=["whole weights", "divided weights"])
+def test_two_processes_make_the_loss_gradients_and_weights_of_one(tmp_path: Path, *, divided: bool) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     alone.mkdir()
     shared.mkdir()
-    python([str(DRIVER), str(alone), *ARMS])
-    python([*TWO, str(DRIVER), str(shared), *ARMS])
-    for arm in ARMS:
+    backend, arms = ("transformers", DIVISIBLE) if divided else ("native", ARMS)
+    python([str(DRIVER), backend, str(alone), *arms])
+    python([*TWO, str(DRIVER), backend, str(shared), *arms], divided=divided)
+    for arm in arms:
         for limit in (65_536, 16):
             one, first, second = alone / f"{arm}-{limit}-0", shared / f"{arm}-{limit}-0", shared / f"{arm}-{limit}-1"
             metrics = json.loads(one.with_suffix(".json").read_text())
@@ -97,11 +102,12 @@ def test_two_processes_make_the_loss_gradients_and_weights_of_one(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["dapo", "gvm"])
-def test_a_whole_run_in_two_processes(tmp_path: Path, arm: str) -> None:
+@pytest.mark.parametrize(("arm", "divided"), [("dapo", False), ("gvm", False), ("dapo", True)])
+def test_a_whole_run_in_two_processes(tmp_path: Path, arm: str, *, divided: bool) -> None:
     line = ["benchmark.cli", "run", arm, "--scale", "smoke", "--budget", "tokens_generated=9000", "--out"]
-    python(["-m", *line, str(tmp_path / "one")])
-    python([*TWO, "-m", *line, str(tmp_path / "two")])
+    more = ["--set", "backend.name=transformers"] if divided else []
+    python(["-m", *line, str(tmp_path / "one"), *more])
+    python([*TWO, "-m", *line, str(tmp_path / "two"), *more], divided=divided)
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["spent"]["tokens_generated"] == 9000
@@ -111,13 +117,35 @@ def test_a_whole_run_in_two_processes(tmp_path: Path, arm: str) -> None:
     rows = [read_rows(tmp_path / name / "ledger.jsonl")[0] for name in ("one", "two")]
     assert [r for r in rows[1] if r["step"] == 0] == [r for r in rows[0] if r["step"] == 0]
     assert [r["row"] for r in rows[1]] == list(range(len(rows[1]))), "written by one process"
+    first, second = (load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("one", "two"))
+    assert {key: value.shape for key, value in first.items()} == {key: value.shape for key, value in second.items()}
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_stops_when_told_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["grpo"], "the native backend fuses whole weights"),
+        (["oblr_po", "--set", "backend.name=transformers"], "it reads head, signal"),
+        (
+            ["grpo", "--set", "backend.name=transformers", "--set", "rollout.staleness=1"],
+            "earlier weights are kept whole",
+        ),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(tmp_path: Path, more: list[str], says: str) -> None:
+    line = ["-m", "benchmark.cli", "run", *more, "--scale", "smoke", "--out", str(tmp_path / "run")]
+    assert says in " ".join(python([*TWO, *line], divided=True, fails=True).split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divided", [False, True], ids=["whole weights", "divided weights"])
+def test_a_run_of_two_processes_stops_when_told_and_goes_on(tmp_path: Path, *, divided: bool) -> None:
     out = tmp_path / "run"
     line = [*TWO, "-m", "benchmark.cli", "run", "dynamo", "--scale", "smoke", "--out", str(out)]
-    launcher = subprocess.Popen([sys.executable, *line], env=environment(), stderr=subprocess.PIPE)
+    line += ["--set", "backend.name=transformers"] if divided else []
+    env = environment(divided=divided)
+    launcher = subprocess.Popen([sys.executable, *line], env=env, stderr=subprocess.PIPE)
     end = time.monotonic() + 300
     while not (out / "metrics.jsonl").exists():
         assert launcher.poll() is None
@@ -128,7 +156,7 @@ def test_a_run_of_two_processes_stops_when_told_and_goes_on(tmp_path: Path) -> N
     assert json.loads((out / "progress.json").read_text())["state"] == "interrupted"
     assert list((out / "checkpoint").glob("step-*.safetensors"))
     done = len(read_rows(out / "metrics.jsonl")[0])
-    python(line)
+    python(line, divided=divided)
     result = json.loads((out / "result.json").read_text())
     assert result["overshoot"] == 0
     assert result["steps"] == len(read_rows(out / "metrics.jsonl")[0]) > done >= 1

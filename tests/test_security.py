@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -190,6 +191,18 @@ def test_html_in_the_words_of_a_plan_is_text_in_the_markdown_report(study: Path)
     for path in (study / "REPORT.md", *study.glob("tables/*.md")):
         assert "<script>" not in path.read_text().replace(r"\<", ""), path
     assert script in (study / "REPORT.md").read_text().replace(r"\<", "<")
+
+
+def test_no_words_of_a_plan_make_a_link_or_load_an_image(study: Path) -> None:
+    words = ["![x](http://a.example/i.png)", "[x](http://a.example)", "```\n[x][y]\n\n[y]: http://a.example"]
+    for bad in words:
+        claim = {"id": "x", "text": bad, "arm": "dynamo", "reference": "grpo", "metric": "pass_at_1"}
+        change_plan(study, lambda plan, c=claim, w=bad: plan.update(question=w, study=w, claims=[c], decision_rule=w))
+        assert opened("report", study).exit_code == 0
+        for path in (study / "REPORT.md", *study.glob("tables/*.md")):
+            text = re.sub(r"^```\n.*\n```$", "", path.read_text(), flags=re.MULTILINE)
+            assert not re.search(r"\]\(http|\]\[y|^\[y\]:", text, re.MULTILINE), path
+        assert "a.example" in (study / "REPORT.md").read_text()
 
 
 # --- servers and secrets ------------------------------------------------------------------------------------------

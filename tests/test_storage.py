@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -421,3 +422,29 @@ def test_a_policy_is_saved_whole_or_not_at_all(
     with pytest.raises(StorageError, match="No space"):
         policy.save(tmp_path / "policy")
     assert not (tmp_path / "policy").exists()
+
+
+@pytest.mark.parametrize("moment", ["begin", "checkpoint", "result"])
+def test_a_run_that_slept_leaves_its_heirs_alone(config: RunConfig, whole: Path, tmp_path: Path, moment: str) -> None:
+    """The heir takes over while the first run stands before its n-th fence, finishes, and keeps its bytes."""
+    out = tmp_path / "run"
+    lease = claim(out)
+    assert lease is not None
+    fences = {"begin": 1, "checkpoint": 2, "result": 4}[moment]
+    passed = 0
+
+    def fence() -> AbstractContextManager[None]:
+        nonlocal passed
+        passed += 1
+        if passed == fences:
+            os.utime(lease.path, (1.0, 1.0))
+            heir = claim(out)
+            assert heir is not None
+            with heir:
+                run_cell(config, out, fence=heir.fence)
+        return lease.fence()
+
+    with lease, pytest.raises(LeaseLostError):
+        run_cell(config, out, should_stop=lambda: False, fence=fence)
+    assert passed == fences
+    assert_equal(whole, out)

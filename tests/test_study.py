@@ -259,6 +259,17 @@ def test_a_failing_cell_is_named_stops_nothing_and_is_tried_again_next_time(go: 
     assert "failures" not in go.reported[1]
 
 
+def test_a_study_of_which_nothing_is_done_says_what_failed(go: Recorder, fakes: ModuleType) -> None:
+    outcome = go(fakes.fail_all)
+    assert (outcome.done, len(outcome.failed), go.reported) == (0, 6, [])
+    report = (go.folder / "REPORT.md").read_text(encoding="utf-8")
+    assert "No run of 6 is done; 6 failed." in report
+    for cell in go.cells():
+        assert f"(output: cells/{cell.folder.name}/run.log)" in report
+    assert r"ValueError: \<b>nothing\</b> works today" in report
+    assert "They are run again by:\n\n```\nthe command that made this study\n```" in report
+
+
 def test_a_worker_that_dies_is_replaced_and_its_cell_named(go: Recorder, fakes: ModuleType) -> None:
     outcome = go(fakes.kill_rloo)
     assert outcome.done == 3

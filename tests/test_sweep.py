@@ -6,6 +6,7 @@ import importlib
 import json
 import shlex
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,7 +82,7 @@ def in_process(file: Path, folder: Path, fake: Any) -> list[Trial]:
     trials = all_trials(sweep, folder)
     prepare(sweep, folder, None, trials[0].identity)
     for trial in trials:
-        trial.execute(fake, lambda: False)
+        trial.execute(fake, lambda: False, nullcontext)
     atomic_write_text(folder / "sweep.yaml", file.read_text())
     return trials
 
@@ -248,8 +249,8 @@ def test_one_worker_draws_the_same_settings_however_often_it_is_interrupted(tmp_
     prepare(sweep, tmp_path / "b", None, trials[0].identity)
     for trial in trials:
         with pytest.raises(RuntimeError):  # dies in the first cell, with its setting drawn
-            trial.execute(_stop, lambda: True)
-        trial.execute(fakes.train, lambda: False)
+            trial.execute(_stop, lambda: True, nullcontext)
+        trial.execute(fakes.train, lambda: False, nullcontext)
     assert [trial.result() for trial in trials] == whole
 
 
@@ -410,12 +411,12 @@ def test_a_trial_that_the_storage_knows_but_the_folder_lacks_is_refused(tmp_path
     trials = in_process(written(tmp_path), tmp_path / "out", fakes.train)
     trial = trials[4]
     (trial.folder / "result.json").unlink()
-    trial.execute(_stop, lambda: False)  # told already: only the result is written again
+    trial.execute(_stop, lambda: False, nullcontext)  # told already: only the result is written again
     assert trial.result() is not None
     (trial.folder / "result.json").unlink()
     next(iter((tmp_path / "out").glob(f"cells/{trial.name}-s0-*/result.json"))).unlink()
     with pytest.raises(InputError, match="its runs are not here"):
-        trial.execute(_stop, lambda: False)
+        trial.execute(_stop, lambda: False, nullcontext)
 
 
 # -- what comes out --------------------------------------------------------------------------------------------
@@ -531,7 +532,7 @@ def test_what_has_no_setting_yet_waits_in_the_plan(tmp_path: Path, fakes: Module
     trials = all_trials(sweep, folder)
     prepare(sweep, folder, None, trials[0].identity)
     for trial in trials[:3]:
-        trial.execute(fakes.train, lambda: False)
+        trial.execute(fakes.train, lambda: False, nullcontext)
     write_plan(sweep, trials, folder, "rolloutbench sweep tiny")
     found = json.loads(CliRunner().invoke(cli.app, ["status", str(folder), "--json"]).output)
     assert (found["counts"]["done"], found["counts"]["waiting"]) == (6, 14)

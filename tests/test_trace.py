@@ -136,6 +136,15 @@ def test_advantages_are_those_of_grpo(train: Callable[..., Path]) -> None:
     assert mixed > 0
 
 
+def test_ratios_are_one_until_an_update_has_moved_the_policy(train: Callable[..., Path]) -> None:
+    def farthest(out: Path) -> float:
+        rows = [row for row in rows_of(out) if row["phase"] == "training"]
+        return max(abs(rollout["ratio"][i] - 1) for rollout, i in tokens_of(rows))
+
+    assert farthest(train("grpo", "one", optimiser={"minibatches_per_batch": 1})) < 1e-4
+    assert farthest(train("grpo", "four", optimiser={"minibatches_per_batch": 4})) > 0.01
+
+
 def test_factors_are_those_of_the_method(train: Callable[..., Path]) -> None:
     compensated = [row for row in rows_of(train("dynamo_compensation")) if row["phase"] == "training"]
     boosts = []

@@ -160,7 +160,8 @@ def test_every_arm_spends_exactly_its_budget_and_accounts_for_all_of_it(
     gradients = [row for row in training if row["event"] == "gradients"]
     assert bool(gradients) == (arm in PROBING)
     probed = sum(row["tokens_backpropagated"] for row in gradients)
-    assert result["spent"]["tokens_backpropagated"] == trained + probed
+    recalled = sum(row["tokens_scored"] for row in training if row["event"] == "recall")
+    assert result["spent"]["tokens_backpropagated"] == trained + probed + recalled
     apart = result["evaluation_tokens"] + result["oracle"]["tokens_generated"]
     assert sum(row["tokens_generated"] for row in ledger) == amount + apart or currency == "rollouts"
     if arm in FILTERING:

@@ -11,11 +11,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from analysis.audit import audit
+from analysis.provenance import made_by
 from analysis.variance_allocators import NAMES
 from analysis.variance_replay import proxy
+from analysis.variance_report import rebuild_variance_report
 from analysis.variance_study import VarianceConfig, plan
 from benchmark.cli_variance import log_to_mlflow, variance
 from benchmark.errors import InputError
+from benchmark.seal import write_manifest
 
 ARGUMENTS = [
     *("--scale", "smoke", "--arm", "grpo", "--rollouts", "64", "--blocks", "8", "--budget", "4", "--budget", "8"),
@@ -66,6 +70,25 @@ def test_table_holds_every_allocator_at_every_checkpoint(folder: Path) -> None:
     assert len(frame) == 2 * 3 * 3 * 2 * len(NAMES)
     assert np.isfinite(frame["ratio"]).all()
     assert (frame.loc[frame["allocator"] == "uniform", "ratio"] == 1).all()
+
+
+def test_an_audit_makes_the_report_again_from_the_pools(folder: Path, tmp_path: Path) -> None:
+    found = audit(folder)
+    assert (found.wrong, found.lacks) == ([], [])
+    assert "4 tables and 6 figures made again from the records" in " ".join(found.checked)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    table, pool = copy / "tables" / "variance.csv", min((copy / "pools").glob("*.npz"))
+    table.write_text(table.read_text().replace("uniform", "unifurm", 1))
+    write_manifest(copy, made_by())  # whoever changes a table may make its hashes anew
+    assert audit(copy).wrong == [
+        "tables/variance.csv: is not what the records give; `rolloutbench report` makes it anew"
+    ]
+    report = (copy / "REPORT.md").read_bytes()
+    assert rebuild_variance_report(copy).read_bytes() == report
+    assert audit(copy).wrong == []
+    pool.unlink()
+    assert "not measured" in " ".join(audit(copy).wrong)
 
 
 @pytest.mark.slow

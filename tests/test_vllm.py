@@ -161,11 +161,28 @@ def test_a_whole_run(arm: str, form: str, request: pytest.FixtureRequest, tmp_pa
     line = ["run", arm, "--scale", "smoke", "--budget", "tokens_generated=9000", "--out", str(tmp_path / "run")]
     script = "from benchmark.cli import main; main()"
     subprocess.run([sys.executable, "-c", script, *line, *options], env=environment(), check=True, timeout=900)
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    check(tmp_path / "run")
+
+
+@pytest.mark.parametrize("divided", [False, True], ids=["whole weights", "divided weights"])
+def test_two_processes_on_one_server(url: str, tmp_path: Path, *, divided: bool) -> None:
+    settings = {"name": "vllm", "vllm.eager": "true", "vllm.max_model_len": 128, "vllm.url": url}
+    options = [f"--set=backend.{key}={value}" for key, value in settings.items()]
+    line = ["run", "dynamo", "--scale", "smoke", "--budget", "tokens_generated=9000", "--out", str(tmp_path / "run")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmark.cli"]
+    asks = {"ACCELERATE_USE_FSDP": str(divided).lower(), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, *launcher, *line, *options], env=environment() | asks, check=True, timeout=900)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["processes"] == 2
+    check(tmp_path / "run")
+
+
+def check(run: Path) -> None:
+    """The budget was kept, and the sampler had the trainer's weights at every step."""
+    result = json.loads((run / "result.json").read_text())
     assert result["spent"]["tokens_generated"] == 9000
     assert result["overshoot"] == 0
     assert result["spent"]["tokens_scored"] > 0
-    steps = [row["metrics"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")[0]]
+    steps = [row["metrics"] for row in read_rows(run / "metrics.jsonl")[0]]
     trained = [row for row in steps if "optim/gradient_norm" in row]
     assert len(trained) >= 2
     for row in trained:
