@@ -47,6 +47,8 @@ def study(made: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
         traced=(PROBLEM, HOSTILE, ATTRIBUTE),
     )
     folder: Path = made.make_study(tmp_path_factory.mktemp("results") / "browsed", recipe)
+    taken_over = next((folder / "cells").glob("grpo-*")) / "origin.json"
+    taken_over.write_text(json.dumps({"folder": "/a-folder-whose-name-is-wider-than-a-phone" * 3}), encoding="utf-8")
     write_report(folder)
     return folder
 
