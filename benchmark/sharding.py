@@ -47,9 +47,6 @@ def check(config: RunConfig, method: Method) -> None:
         raise InputError(what, key="backend.name", value="native", remedy="Set backend.name: vllm or transformers")
     if config.policy.lora is not None:
         raise InputError("adapters are not divided", key="policy.lora", remedy=plain)
-    if config.rollout.staleness:
-        what = "earlier weights are kept whole"
-        raise InputError(what, key="rollout.staleness", value=config.rollout.staleness, remedy=plain)
     if os.environ.get(OFFLOAD, "false").lower() == "true":
         raise InputError("weights stay on the GPUs", key=OFFLOAD, value="true", remedy="Launch without offloading")
     if method.needs or method.features:

@@ -36,10 +36,11 @@ def finish(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fen
         [{"arm": config.arm, "seed": config.seed, "threads": os.environ["OMP_NUM_THREADS"]}],
     )
     correct = (3 if config.arm == "grpo" else 4) + config.seed % 2
-    rows = [{"final": True, "item": f"sum/{i}", "n": 10, "c": correct} for i in range(4)]
+    spent = {"rollouts": 100, "tokens_generated": config.budget.amount, "flops": 10 * config.budget.amount}
+    head = {"point": 0, "step": 1, "final": True, "cost": spent}
+    rows = [head | {"item": f"sum/{i}", "family": "sum", "n": 10, "c": correct, "tokens": 10} for i in range(4)]
     append_rows(out / "evaluation.jsonl", rows)
     progress(config, out, 1.0, "done")
-    spent = {"rollouts": 100, "tokens_generated": config.budget.amount, "flops": 10 * config.budget.amount}
     result = {"run_hash": config.run_hash, "spent": spent, "wall_seconds": 60.0}
     atomic_write_json(out / "result.json", result)
 
