@@ -244,11 +244,12 @@ def report(
       rolloutbench report results/main_table
       rolloutbench report results/main_table --readme README.md
     """
-    if not (folder / "variance.json").exists():
+    from analysis.rebuild import rebuild
+    from analysis.variance_study import SETTINGS
+
+    if not (folder / SETTINGS).exists():
         _plan_in(folder)
     check_folder(folder)
-    from analysis.rebuild import rebuild
-
     typer.echo(f"done: {rebuild(folder, readme)}")
 
 

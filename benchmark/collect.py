@@ -88,7 +88,8 @@ class Collector:
         if self.method.recalls:
             rollouts, verdicts = self._recall(step, rollouts, verdicts, prompts)
             for draw in drawn:
-                self.recall.remember(draw)
+                if not draw.cut:  # as in the history
+                    self.recall.remember(draw)
         groups = self.groups(
             rollouts, verdicts, HistoryView.concatenate([d.history.select(c.cpu().numpy()) for d, c in kept])
         )

@@ -323,7 +323,9 @@ def test_any_budget_is_met(name: str, budget: int) -> None:
 # -- whole runs
 
 
-def batches_of(monkeypatch: pytest.MonkeyPatch, train: Callable[..., Path], arm: str, amount: int) -> list[Batch]:
+def batches_of(
+    monkeypatch: pytest.MonkeyPatch, train: Callable[..., Path], arm: str, amount: int, **changes: Any
+) -> list[Batch]:
     found: list[Batch] = []
     collect = Collector.collect
 
@@ -332,7 +334,7 @@ def batches_of(monkeypatch: pytest.MonkeyPatch, train: Callable[..., Path], arm:
         return found[-1]
 
     monkeypatch.setattr(Collector, "collect", spy)
-    train(arm, budget={"currency": "rollouts", "amount": amount})
+    train(arm, budget={"currency": "rollouts", "amount": amount}, **changes)
     return found
 
 

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmark.collect import Collector
-from benchmark.draws import Batch, Draw
+from benchmark.draws import Draw
 from benchmark.groups import segment_sum
 from benchmark.history import HistoryView
 from benchmark.jsonl import read_rows
@@ -25,6 +24,7 @@ from benchmark.verdict import Verdict
 
 sys.path.append(str(Path(__file__).parent))
 training: Any = importlib.import_module("test_training")
+sampling: Any = importlib.import_module("test_field_sampling")
 policy, train = training.policy, training.train
 
 FEW = {"name": "sums", "mix": training.MIX, "train_items": 8, "eval_items_per_family": 4}
@@ -75,21 +75,11 @@ def test_a_group_without_a_correct_rollout_gets_the_newest_one_of_its_prompt() -
 
 
 def test_recalled_rollouts_are_scored_charged_and_neither_drawn_nor_remembered(
-    monkeypatch: pytest.MonkeyPatch, train: Callable[..., Path]
+    monkeypatch: pytest.MonkeyPatch, train: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Many visits of few prompts: what a group lacks, an earlier visit of its prompt had."""
     recalled = 0
-    batches: list[Batch] = []
-    collect = Collector.collect
-
-    def spy(self: Collector, step: int) -> Batch:
-        batches.append(collect(self, step))
-        return batches[-1]
-
-    monkeypatch.setattr(Collector, "collect", spy)
-    out = train("ar3po", task=FEW, budget=BUDGET)
-    monkeypatch.undo()
-    for batch in batches:
+    for batch in sampling.batches_of(monkeypatch, train, "ar3po", 600, name="spied", task=FEW):
         drawn = torch.zeros(len(batch.prompts), dtype=torch.int64)
         place = {prompt: number for number, prompt in enumerate(batch.prompts)}
         for draw in batch.drawn:
@@ -102,7 +92,7 @@ def test_recalled_rollouts_are_scored_charged_and_neither_drawn_nor_remembered(
         assert (right[extra == 1] == 1).all()
         recalled += int(extra.sum())
     assert recalled > 0
-    rows = read_rows(out / "ledger.jsonl")[0]
+    rows = read_rows(tmp_path / "spied" / "ledger.jsonl")[0]
     scored = [row for row in rows if row["event"] == "recall"]
     assert scored
     assert all(row["tokens_scored"] > 0 and row["rollouts"] == row["tokens_generated"] == 0 for row in scored)
