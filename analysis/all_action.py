@@ -13,25 +13,36 @@ has a softmax table for every distribution, and both variances by enumeration of
 `decided_at_answer` measures on a real policy what this can be worth: of the variance of the reward, the share
 E[q (1 - q)] / (p (1 - p)) that is left when everything before the answer's last digit is known.
 
-``python -m analysis.all_action`` prints both.
+`rolloutbench experiment all_action` measures both.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
 
+from analysis.experiment import Experiment, Measured
+from analysis.formatting import counted, points
+from analysis.jobs import Tell
+from analysis.tables import Column, Table, Text
 from analysis.variance_pool import Bench
 from benchmark import streams
 from benchmark.compose import compose_run
-from benchmark.config import RunConfig
+from benchmark.config import Count, RunConfig
 from benchmark.draws import Pool
+from benchmark.errors import InputError
 from benchmark.policy import Policy, prepare_machine
 from benchmark.problems import load_task
+from benchmark.rollouts import Rollouts
 from benchmark.scoring import states
 from benchmark.verifier import Verifier
 from benchmark.warmup import ensure_policy
@@ -109,13 +120,40 @@ def guessing(sharpness: float, ways: int = 2, answers: int = 4) -> Tabular:
 
 
 @torch.no_grad()
-def decided_at_answer(config: RunConfig, *, prompts: int = 64, rollouts: int = 32) -> dict[str, float]:
+def last_digit_chance(policy: Policy, drawn: Rollouts, answers: Sequence[str], temperature: float) -> Tensor:
+    """q = pi(right last digit of the answer | everything before it) of every rollout, (R,); 0 where it is wrong before.
+
+    Args:
+        answers: the right answers of the P prompts.
+        temperature: at which the rollouts were drawn.
+    """
+    weights = policy.fused()
+    log_p = torch.log_softmax(states(weights, drawn) @ weights.head.T / temperature, -1)
+    digit = dict(zip("0123456789", policy.tokenizer.convert_tokens_to_ids(list("0123456789")), strict=True))
+    begin, q = 0, torch.zeros(len(drawn))
+    for row, (ids, p) in enumerate(zip(drawn.texts(), drawn.prompt.tolist(), strict=True)):
+        answer, text = answers[p], policy.pieces(ids)
+        boxed = [place for place, piece in enumerate(text) if piece == "\\boxed{"]
+        place = boxed[-1] + len(answer) if boxed else len(text)
+        if place < len(text) and "".join(text[boxed[-1] + 1 : place]) == answer[:-1]:
+            q[row] = log_p[begin + place, digit[answer[-1]]].exp()
+        begin += len(ids)
+    return q
+
+
+def decided_at_answer(config: RunConfig, prompts: int, rollouts: int) -> tuple[dict[str, float], dict[str, int]]:
     """What the answer's last digit still decides, on the policy before RL.
 
     Returns:
         ``success`` p and ``reward_variance``, the mean p (1 - p) of a prompt; ``last_digit``, the mean over rollouts of
-        q (1 - q) where q = pi(right last digit | everything before it), 0 where the answer is wrong before it.
+        q (1 - q) (`last_digit_chance`). And what was drawn, by currency.
+
+    Raises:
+        InputError: the policy is not of the suite's own vocabulary, in which a digit is a token.
     """
+    if config.policy.path is not None:
+        remedy = "Choose a scale that makes its policy"
+        raise InputError("its digits are no tokens of their own", key="scale", value=config.scale, remedy=remedy)
     device = prepare_machine()
     policy = Policy.load(ensure_policy(config), device)
     train, _ = load_task(config.task)
@@ -124,39 +162,109 @@ def decided_at_answer(config: RunConfig, *, prompts: int = 64, rollouts: int = 3
         chosen = streams.generator(config.seed, "all actions").permutation(len(train))[:prompts].tolist()
         bench = Bench(policy, config.rollout, pool, verifier, chosen, device)
         drawn, reward = bench.draw("all actions", 0, rollouts)
-    weights = policy.fused()
-    log_p = torch.log_softmax(states(weights, drawn) @ weights.head.T / config.rollout.temperature, -1)
-    digit = dict(zip("0123456789", policy.tokenizer.convert_tokens_to_ids(list("0123456789")), strict=True))
-    begin, q = 0, torch.zeros(len(drawn))
-    for row, (ids, p) in enumerate(zip(drawn.texts(), drawn.prompt.tolist(), strict=True)):
-        answer, text = train[chosen[p]].answer, policy.pieces(ids)
-        boxed = [place for place, piece in enumerate(text) if piece == "\\boxed{"]
-        place = boxed[-1] + len(answer) if boxed else len(text)
-        if place < len(text) and "".join(text[boxed[-1] + 1 : place]) == answer[:-1]:
-            q[row] = log_p[begin + place, digit[answer[-1]]].exp()
-        begin += len(ids)
+    q = last_digit_chance(policy, drawn, [train[place].answer for place in chosen], config.rollout.temperature)
     p_hat = reward.view(len(chosen), rollouts).mean(1)
     variance = p_hat * (1 - p_hat) * rollouts / (rollouts - 1)
-    return {
+    found = {
         "success": float(p_hat.mean()),
         "reward_variance": float(variance.mean()),
         "last_digit": float((q * (1 - q)).mean()),
     }
+    return found, {"rollouts": len(drawn), "tokens_generated": len(drawn.tokens)}
 
 
-def main() -> None:
-    """Print the tabular ratios and the measurement at the default scale."""
-    print("tabular policy, 2 ways x 4 answers, groups of 4: variance with all actions / with the sampled one")
-    for sharpness in (0.0, 1.0, 2.0, 4.0, 8.0):
-        case = guessing(sharpness)
-        ratio = case.moments(4, all_actions=True)[1] / case.moments(4, all_actions=False)[1]
-        p = _softmax(case.answer)[0, 0]
-        print(f"  preferred answer {p:.4f}: {ratio:.3f}")
-    found = decided_at_answer(compose_run("grpo"))
-    share = found["last_digit"] / found["reward_variance"]
-    print("policy before RL, scale small: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-    print(f"share of the reward's variance that the answer's last digit decides: {share:.3f}")
+class AllAction(Experiment):
+    """Both variances of `guessing`, by enumeration, and what the last digit decides on a real policy.
+
+    Attributes:
+        ways, answers, rollouts, sharpness: m, K and n of the tabular policy; nats, ascending, a row each.
+        scale, options: of the policy before RL, as for `rolloutbench run`.
+        prompts, rollouts_per_prompt: training prompts of a measurement, and rollouts of each.
+        seeds: of the measurements on the policy, which draw prompts and rollouts of their own.
+    """
+
+    ways: Count = 2
+    answers: Count = 4
+    rollouts: Annotated[int, Field(ge=2)] = 4
+    sharpness: Annotated[tuple[float, ...], Field(strict=False, min_length=1)]
+    scale: str = "small"
+    options: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    prompts: Count = 64
+    rollouts_per_prompt: Annotated[int, Field(ge=2)] = 32
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)]
+
+    unit: ClassVar[str] = "rollouts"
+    says_only: ClassVar[frozenset[str]] = Experiment.says_only | {"seeds"}
+
+    def parts(self) -> dict[str, float]:
+        """The tabular policy, and the real one once a seed."""
+        return {"tabular": 1.0} | {
+            f"policy_seed_{seed}": float(self.prompts * self.rollouts_per_prompt) for seed in self.seeds
+        }
+
+    def measure(self, part: str, tell: Tell) -> Measured:
+        """Rows of a sharpness, or the one row of a seed."""
+        if part != "tabular":
+            seed = int(part.rpartition("_")[2])
+            config = compose_run("grpo", scale=self.scale, seed=seed, options=self.options)
+            found, spent = decided_at_answer(config, self.prompts, self.rollouts_per_prompt)
+            tell(float(self.prompts * self.rollouts_per_prompt))
+            return Measured([{"seed": seed, **found}], spent)
+        rows = []
+        for nats in self.sharpness:
+            case = guessing(nats, self.ways, self.answers)
+            sampled, summed = (case.moments(self.rollouts, all_actions=each)[1] for each in (False, True))
+            chance = float(_softmax(case.answer)[0, 0])
+            rows.append({"sharpness": nats, "preferred": chance, "sampled": sampled, "all_actions": summed})
+        tell(1.0)
+        return Measured(rows)
+
+    def tables(self, rows: pd.DataFrame) -> list[Table]:
+        """Variance of both estimates by sharpness; what the last digit decides by seed."""
+        tabular, policy = self._split(rows)
+        return [
+            _table(
+                "all_action_tabular",
+                f"Variance of the gradient, tabular policy of {self.ways} ways and {self.answers} answers, "
+                f"groups of {self.rollouts}",
+                tabular[["preferred", "sampled", "all_actions", "ratio"]],
+                ["preferred answer", "sampled", "all actions", "ratio"],
+                "Traces of the covariance, exact. Below 1, summing the answers out has taken variance away.",
+            ),
+            _table(
+                "all_action_policy",
+                f"What the last digit of the answer decides, policy before RL at scale {self.scale}",
+                policy,
+                ["seed", "success", "p (1 - p)", "q (1 - q)", "share"],
+                "q: chance of the right last digit after everything before it; share: of the reward's variance.",
+            ),
+        ]
+
+    def findings(self, rows: pd.DataFrame) -> list[str]:
+        """The range of the tabular ratio, and of the share."""
+        tabular, policy = self._split(rows)
+        first, last = tabular.iloc[0], tabular.iloc[-1]
+        share = policy["share"]
+        return [
+            f"Tabular policy: all actions leave {points(first['ratio'])} % of the variance where the preferred answer "
+            f"has a chance of {first['preferred']:.2f}, {points(last['ratio'])} % at {last['preferred']:.3f}.",
+            f"Policy before RL: the last digit decides {points(share.mean())} % of the variance of the reward "
+            f"({points(share.min())} to {points(share.max())} over {counted(len(share), 'seed')}). Summing it out can "
+            "take at most this away; the rest is settled before.",
+        ]
+
+    @staticmethod
+    def _split(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+        own = rows["part"] == "tabular"
+        tabular = rows[own][["sharpness", "preferred", "sampled", "all_actions"]]
+        policy = rows[~own][["seed", "success", "reward_variance", "last_digit"]]
+        return (
+            tabular.assign(ratio=tabular["all_actions"] / tabular["sampled"]),
+            policy.assign(share=policy["last_digit"] / policy["reward_variance"]),
+        )
 
 
-if __name__ == "__main__":
-    main()
+def _table(name: str, title: str, data: pd.DataFrame, columns: Sequence[str], note: str) -> Table:
+    """Every number of `data` to three digits."""
+    rows = [[Text(f"{value:.3g}") for value in row] for row in data.to_numpy(dtype=np.float64)]
+    return Table(name, title, [Column(column) for column in columns], rows, data, [note])

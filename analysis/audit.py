@@ -18,9 +18,8 @@ import pandas as pd
 from analysis.audit_run import RunFindings, check_run
 from analysis.formatting import counted
 from analysis.provenance import made_by
-from analysis.rebuild import rebuild
+from analysis.rebuild import WITHOUT_PLAN, rebuild
 from analysis.results import read_json
-from analysis.variance_study import SETTINGS
 from benchmark.errors import InputError
 from benchmark.jsonl import PARTIAL
 from benchmark.opening import check_folder, check_plan
@@ -170,9 +169,9 @@ def _compare_runs(runs: dict[str, RunFindings], done: Audit) -> None:
 
 
 def _check_study(folder: Path, part: str, done: Audit) -> None:
-    """The plan of a study or sweep, and its report made again; the report alone of measured variances."""
+    """The plan of a study or sweep, and its report made again; the report alone where there is no plan."""
     if not (folder / "plan.json").exists():
-        if (folder / SETTINGS).exists():
+        if any((folder / settings).exists() for settings in WITHOUT_PLAN):
             try:
                 _check_report(folder, part, done)
             except InputError as error:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from analysis.experiment import SETTINGS as EXPERIMENT
+from analysis.experiment import rebuild_experiment
 from analysis.report import write_report
 from analysis.sweep_report import write_sweep_report
 from analysis.variance_report import rebuild_variance_report
-from analysis.variance_study import SETTINGS
+from analysis.variance_study import SETTINGS as VARIANCE
 from benchmark.sweep import SWEEP
+
+WITHOUT_PLAN = (VARIANCE, EXPERIMENT)
+"""Files whose folder has a report but no ``plan.json``."""
 
 
 def rebuild(folder: Path, readme: Path | None = None, out: Path | None = None) -> Path:
-    """REPORT.md, tables and figures of a study, a sweep or measured variances.
+    """REPORT.md, tables and figures of a study, a sweep, measured variances or an experiment.
 
     Args:
         readme: a README whose marked parts are to show the same results (studies only).
@@ -27,6 +32,8 @@ def rebuild(folder: Path, readme: Path | None = None, out: Path | None = None) -
     if (folder / SWEEP).exists():
         write_sweep_report(folder, out=out)
         return (out or folder) / "REPORT.md"
-    if (folder / SETTINGS).exists():
+    if (folder / VARIANCE).exists():
         return rebuild_variance_report(folder, out)
+    if (folder / EXPERIMENT).exists():
+        return rebuild_experiment(folder, out)
     return write_report(folder, readme, out)

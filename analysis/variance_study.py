@@ -6,25 +6,21 @@ Tables, figures and REPORT.md are always made anew from the pools.
 
 from __future__ import annotations
 
-import multiprocessing
-import queue
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from analysis.jobs import Job, Tell, perform
 from analysis.variance_replay import most_rollouts
 from benchmark.compose import compose_run
 from benchmark.config import Count, Counts, Fraction, Model, Name, RunConfig, digest, fault
 from benchmark.jsonl import atomic_write_json
-from benchmark.progress import Bar, Display
+from benchmark.progress import Display
 
-Tell = Callable[[float], None]
 SETTINGS = "variance.json"
 VERSION = 3  # of what a pool's file holds: raised when its numbers change
 
@@ -105,14 +101,6 @@ def plan(config: VarianceConfig, out: Path) -> list[Point]:
     return sorted(points, key=lambda point: point.fraction > 0)
 
 
-@dataclass(frozen=True)
-class _Job:
-    name: str
-    planned: float
-    work: Callable[..., None]
-    arguments: tuple[Any, ...]
-
-
 def run_variance_study(
     config: VarianceConfig, out: Path, *, workers: int = 1, display: Callable[[], Display] = Display
 ) -> Path:
@@ -130,52 +118,16 @@ def run_variance_study(
     missing = [point for point in points if not point.pools.exists()]
     arms = {point.config.arm: point for point in missing if not is_trained(point.checkpoint)}
     train = [
-        _Job(arm, 1.0, _train, (point.config, point.checkpoint.parent, config.fractions)) for arm, point in arms.items()
+        Job(arm, 1.0, _train, (point.config, point.checkpoint.parent, config.fractions)) for arm, point in arms.items()
     ]
     prompts = points[0].config.rollout.prompts_per_batch
-    measure = [_Job(point.label, float(prompts), _measure, (point, config)) for point in missing]
+    measure = [Job(point.label, float(prompts), _measure, (point, config)) for point in missing]
     with display() as shown:
-        _perform(train, workers, shown, "training", "runs")
+        perform(train, workers, shown, "training", "runs")
     with display() as shown:  # one that takes its pace anew
-        _perform(measure, workers, shown, "gradient variance", "prompts")
+        perform(measure, workers, shown, "gradient variance", "prompts")
     atomic_write_json(out / SETTINGS, config.model_dump(mode="json"))
     return write_variance_report(config, points, out)
-
-
-def _perform(jobs: Sequence[_Job], workers: int, display: Display, title: str, unit: str) -> None:
-    """Do every job, in this process with one worker, and show how far they are."""
-    spent = {job.name: 0.0 for job in jobs}
-
-    def tell(name: str, amount: float) -> None:
-        spent[name] = amount
-        running = [Bar(j.name, spent[j.name], j.planned, unit) for j in jobs if 0 < spent[j.name] < j.planned]
-        display.update(Bar(title, sum(spent.values()), sum(job.planned for job in jobs), unit), running)
-
-    if workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            job.work(*job.arguments, partial(tell, job.name))
-        return
-    context = multiprocessing.get_context("spawn")  # torch does not survive a fork with threads
-    with context.Manager() as manager, ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        messages = manager.Queue()
-        futures = [pool.submit(_remote, job, messages) for job in jobs]
-        try:
-            while not all(future.done() for future in futures):
-                try:
-                    tell(*messages.get(timeout=0.5))
-                except queue.Empty:
-                    for future in futures:
-                        if future.done():
-                            future.result()
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _remote(job: _Job, messages: Any) -> None:
-    job.work(*job.arguments, lambda amount: messages.put((job.name, amount)))
 
 
 def _train(config: RunConfig, folder: Path, fractions: Sequence[float], tell: Tell) -> None:

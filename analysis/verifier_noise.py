@@ -3,7 +3,7 @@
 A prompt of success rate p shows p~ = p (1 - 2 e) + e under the flip rate e, so a dead prompt (p = 0 or 1), from which
 nothing can be learned, shows variance e (1 - e). With P prompts, n_i rollouts each and leave-one-out advantages, the
 noise of the estimate goes with sum_i p~_i (1 - p~_i) / n_i, over the prompts that train, while its mean shrinks by
-1 - 2 e. ``python -m analysis.verifier_noise`` prints, for a pool of which half is dead, what share of the rollouts each
+1 - 2 e. `rolloutbench experiment label_noise` tells, for a pool of which half is dead, what share of the rollouts each
 rule spends on the dead, and the noise it leaves, relative to uniform rollouts at the same e.
 
 - standard deviation: n_i ~ sqrt(p~ (1 - p~)), Neyman's rule on what is seen
@@ -16,11 +16,20 @@ verifier_noise.yaml` trains them with what they can know.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
+from pydantic import Field
+
+from analysis.experiment import Experiment, Measured
+from analysis.formatting import points
+from analysis.jobs import Tell
+from analysis.tables import Column, Table, Text
+from benchmark.config import Count, Fraction
 
 Floats = NDArray[np.float64]
-RATES = (0.0, 0.02, 0.1, 0.2)
 
 
 def observed(p: Floats, flip_rate: float) -> Floats:
@@ -64,16 +73,54 @@ def half_dead(alive: int = 100) -> Floats:
     return np.concatenate([spread, dead])
 
 
-def main() -> None:
-    """Print the table."""
-    names = list(weights(half_dead(), 0.0))
-    print("half of the pool dead: share of rollouts on dead prompts / noise relative to uniform at the same rate")
-    print("flip rate  mean shrinks to " + "".join(f"{name:>22}" for name in names))
-    for rate in RATES:
-        found = compare(half_dead(), rate)
-        cells = "".join(f"{f'{share:.1%} / {noise:.3f}':>22}" for share, noise in found.values())
-        print(f"{rate:<11}{1 - 2 * rate:<16.2f}{cells}")
+class LabelNoise(Experiment):
+    """Every rule on a pool of which half is dead, at every flip rate.
 
+    Attributes:
+        alive: prompts with success rates evenly spread over (0, 1); as many are dead.
+    """
 
-if __name__ == "__main__":
-    main()
+    flip_rates: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)]
+    alive: Count = 100
+
+    def parts(self) -> dict[str, float]:
+        """One closed form."""
+        return {"closed_form": 1.0}
+
+    def measure(self, part: str, tell: Tell) -> Measured:
+        """A row a flip rate and rule."""
+        rows = [
+            {"flip_rate": rate, "rule": rule, "dead_share": share, "noise": noise}
+            for rate in self.flip_rates
+            for rule, (share, noise) in compare(half_dead(self.alive), rate).items()
+        ]
+        tell(1.0)
+        return Measured(rows)
+
+    def tables(self, rows: pd.DataFrame) -> list[Table]:
+        """Both numbers, a row a flip rate."""
+        rules = list(dict.fromkeys(rows["rule"]))
+        numbers = zip(rows["flip_rate"], rows["rule"], rows["dead_share"], rows["noise"], strict=True)
+        cells = {(rate, rule): f"{points(share)} % / {noise:.3f}" for rate, rule, share, noise in numbers}
+        return [
+            Table(
+                "label_noise",
+                "Share of the rollouts on dead prompts / noise relative to uniform rollouts at the same flip rate",
+                [Column("flip rate"), Column("mean shrinks to"), *map(Column, rules)],
+                [
+                    [Text(f"{rate:g}"), Text(f"{1 - 2 * rate:g}"), *(Text(cells[rate, rule]) for rule in rules)]
+                    for rate in self.flip_rates
+                ],
+                rows[["flip_rate", "rule", "dead_share", "noise"]],
+                ["In closed form: rules know the success rate that they see, and have no bounds."],
+            )
+        ]
+
+    def findings(self, rows: pd.DataFrame) -> list[str]:
+        """By how much each rule lowers the noise of uniform rollouts, by flip rate."""
+        noise = dict(zip(zip(rows["flip_rate"], rows["rule"], strict=True), rows["noise"], strict=True))
+        lines = []
+        for rule in ("standard deviation", "variance"):
+            told = ", ".join(f"{points(1 - noise[rate, rule])} % at {rate:g}" for rate in self.flip_rates)
+            lines.append(f"Gain over uniform rollouts by the {rule}: {told}.")
+        return lines

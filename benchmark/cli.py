@@ -21,6 +21,7 @@ from benchmark.cli_author import check, complete_method, new_method
 from benchmark.cli_compare import compare
 from benchmark.cli_dashboard import dashboard
 from benchmark.cli_doctor import doctor
+from benchmark.cli_experiment import experiment
 from benchmark.cli_figures import figures
 from benchmark.cli_replay import replay
 from benchmark.cli_replay_batch import replay_batch
@@ -202,6 +203,7 @@ def methods(
 app.command()(replay)
 app.command()(replay_batch)
 app.command()(variance)
+app.command()(experiment)
 app.command()(figures)
 app.command()(check)
 app.command()(new_method)
@@ -237,17 +239,16 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's results.")],
     readme: Annotated[Path | None, typer.Option(help="Write the marked parts of this README too.")] = None,
 ) -> None:
-    """Rebuild REPORT.md, index.html, tables and figures of a study, a sweep or measured variances.
+    """Rebuild REPORT.md, index.html, tables and figures of a study, a sweep, measured variances or an experiment.
 
     \b
     Examples:
       rolloutbench report results/main_table
       rolloutbench report results/main_table --readme README.md
     """
-    from analysis.rebuild import rebuild
-    from analysis.variance_study import SETTINGS
+    from analysis.rebuild import WITHOUT_PLAN, rebuild
 
-    if not (folder / SETTINGS).exists():
+    if not any((folder / settings).exists() for settings in WITHOUT_PLAN):
         _plan_in(folder)
     check_folder(folder)
     typer.echo(f"done: {rebuild(folder, readme)}")

@@ -18,7 +18,7 @@ from benchmark.layers import Layer, did_you_mean, read_options, read_yaml, valid
 from benchmark.pricing import PricingConfig
 
 SHARED = ("policy", "task", "rollout", "verifier", "optimiser", "backend", "budget", "evaluation")
-KINDS = {"studies": "study", "scales": "scale", "tasks": "task", "sweeps": "sweep"}
+KINDS = {"studies": "study", "scales": "scale", "tasks": "task", "sweeps": "sweep", "experiments": "experiment"}
 OF_STUDY = ("seeds", "gradient_variance_replicates")  # what a scale may set of the study itself
 PRICING = "pricing"  # what a scale's dry run assumes; no part of a run
 IDENTITY = {"study": "the study's file", "arm": "the command", "seed": "--seed", "scale": "--scale"}
@@ -40,8 +40,8 @@ def config_folder() -> Path:
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
-def find(kind: Literal["studies", "scales", "tasks", "sweeps"], name: str) -> Path:
-    """The file of a study, scale, task or sweep: a path to a YAML file, or a name in ``configs/<kind>``.
+def find(kind: Literal["studies", "scales", "tasks", "sweeps", "experiments"], name: str) -> Path:
+    """The file of a study, scale, task, sweep or experiment: a path to a YAML file, or a name in ``configs/<kind>``.
 
     Raises:
         InputError: there is no such file.

@@ -343,7 +343,9 @@ def test_report_and_mirror_act_on_a_study_folder(monkeypatch: pytest.MonkeyPatch
             return False
 
     monkeypatch.setitem(sys.modules, "benchmark.mirror", Stub("benchmark.mirror", Mirror=Mirror))
-    written = Stub("analysis.rebuild", rebuild=lambda *given: calls.append(("report", *map(str, given))))
+    written = Stub(
+        "analysis.rebuild", WITHOUT_PLAN=(), rebuild=lambda *given: calls.append(("report", *map(str, given)))
+    )
     monkeypatch.setitem(sys.modules, "analysis.rebuild", written)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert call("report", tmp_path).exit_code == 0

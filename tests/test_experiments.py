@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.all_action import Tabular, guessing
-from analysis.forgetting import Mean, forgetting, only
-from analysis.low_rank import shapes
+from analysis.all_action import Tabular, decided_at_answer, guessing, last_digit_chance
+from analysis.audit import audit
+from analysis.experiment import KINDS, load, rebuild_experiment, run_experiment
+from analysis.forgetting import Mean, Probe, only
+from analysis.low_rank import shape_of
+from analysis.variance_pool import Bench
 from analysis.verifier_noise import compare, half_dead
 from benchmark.compose import compose_run
+from benchmark.draws import Pool
+from benchmark.errors import InputError
+from benchmark.policy import Policy, prepare_machine
 from benchmark.pricing import ShapeConfig, attention_flops, low_rank_saving
 from benchmark.problems import load_task
+from benchmark.rollouts import Rollouts
+from benchmark.scoring import states
+from benchmark.verifier import Verifier
+from benchmark.warmup import ensure_policy
 
 
 def random_case(ways: int, answers: int) -> Tabular:
@@ -60,6 +73,63 @@ def test_summing_answers_out_never_adds_variance_and_helps_while_answers_are_ope
     assert settled > 0.99
 
 
+def smoke_bench(each: int) -> tuple[Bench, Rollouts, torch.Tensor]:
+    """Some rollouts of the smallest policy with whether they are right."""
+    config = compose_run("grpo", scale="smoke")
+    device = prepare_machine()
+    policy = Policy.load(ensure_policy(config), device)
+    train, _ = load_task(config.task)
+    with Verifier(answer_form=config.task.answer_form) as verifier:
+        pool = Pool.of(train, policy, 0, device)
+        bench = Bench(policy, config.rollout, pool, verifier, list(range(12)), device)
+        return bench, *bench.draw("test", 0, each)
+
+
+@torch.no_grad()
+def test_the_last_digit_by_scoring_one_rollout_at_a_time() -> None:
+    """Every rollout alone through the network, its right answer written out and cut before the last digit."""
+    bench, drawn, _ = smoke_bench(8)
+    answers = [bench.pool.items[p].answer for p in bench.prompts]
+    q = last_digit_chance(bench.policy, drawn, answers, 1.0)
+    weights, pieces = bench.policy.fused(), bench.policy.pieces
+    expected = []
+    for ids, p in zip(drawn.texts(), drawn.prompt.tolist(), strict=True):
+        before, boxed, written = "".join(pieces(ids)).rpartition("\\boxed{")
+        if not boxed or not written.startswith(answers[p][:-1]) or len(written) < len(answers[p]):
+            expected.append(0.0)
+            continue
+        prefix = bench.policy.tokenizer(before + boxed + answers[p], add_special_tokens=False)["input_ids"]
+        one = Rollouts.none([bench.pool.tokens[bench.prompts[p]]])
+        tokens = torch.tensor(prefix)
+        row = replace(
+            one,
+            prompt=torch.tensor([0]),
+            tokens=tokens,
+            length=torch.tensor([len(prefix)]),
+            log_prob=torch.zeros(len(prefix)),
+            finished=torch.tensor([True]),
+        )
+        logits = (states(weights, row) @ weights.head.T)[-1]
+        expected.append(float(torch.softmax(logits, -1)[tokens[-1]]))
+    torch.testing.assert_close(q, torch.tensor(expected), atol=1e-5, rtol=1e-4)
+    assert 0 < (q > 0).sum() < len(q)
+
+
+def test_the_chance_of_the_last_digit_is_the_success_rate_in_expectation() -> None:
+    bench, drawn, reward = smoke_bench(64)
+    q = last_digit_chance(bench.policy, drawn, [bench.pool.items[p].answer for p in bench.prompts], 1.0)
+    difference = q - reward
+    assert float(difference.mean().abs()) < 4 * float(difference.std()) / len(q) ** 0.5
+    # It knows more than the prompt and less than the outcome.
+    assert float((q - q.round()).abs().max()) > 0.1
+
+
+def test_a_vocabulary_without_digits_of_their_own_is_refused() -> None:
+    config = compose_run("grpo", scale="smoke", options=["policy.path=somewhere"])
+    with pytest.raises(InputError, match="no tokens of their own"):
+        decided_at_answer(config, 2, 2)
+
+
 # -- low-rank attention in the cost model
 
 
@@ -85,9 +155,10 @@ def test_low_rank_saves_what_attention_costs_at_most() -> None:
 
 
 def test_shapes_are_those_of_the_scales() -> None:
-    found = shapes()
-    assert found["small"].hidden_size == 128
-    assert list(found) == ["small", "paper-1.5b", "paper-7b", "paper-14b"]
+    assert shape_of("small").hidden_size == 128
+    assert [shape_of(f"paper-{size}").layers for size in ("1.5b", "7b", "14b")] == [28, 28, 48]
+    with pytest.raises(InputError, match="shape of its policy"):
+        shape_of("cpu-llm")
 
 
 # -- an EMA of the weights
@@ -113,13 +184,20 @@ def test_one_family_trains_and_all_are_evaluated() -> None:
 @pytest.mark.slow
 def test_a_whole_probe_says_every_moment_and_family() -> None:
     config = compose_run("grpo", scale="smoke", options=["budget.amount=6000"])
-    rows = forgetting(config, "sum_long", "products", [0.0, 1.0], samples=2)
+    told: list[float] = []
+    probe = Probe(config, [0.0, 1.0], samples=2, tell=told.append)
+    rows = probe.run("sum_long", "products")
     table = {(moment, family): value for moment, family, value in rows}
     assert len(table) == 5 * 4
     for family in config.task.families:
         # A mean that keeps nothing is the policy itself; one that keeps everything is where the phase began.
         assert table["then products, EMA 0", family] == table["then products", family]
         assert table["then products, EMA 1", family] == table["after sum_long", family]
+    assert told == sorted(told)
+    assert told[-1] == 2 * 6000
+    # Five evaluations of every problem, beside what both phases draw.
+    assert probe.spent["rollouts"] > 5 * 2 * len(load_task(config.task)[1])
+    assert probe.spent["tokens_generated"] > 2 * 6000
 
 
 # -- a verifier that errs
@@ -150,3 +228,57 @@ def test_without_noise_neyman_is_the_oracle() -> None:
     found = compare(half_dead(), 0.0)
     assert found["standard deviation"] == found["oracle"]
     assert found["oracle"][0] == 0.0
+
+
+# -- experiments as files and folders
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_a_shipped_file(kind: str) -> None:
+    experiment = load(kind)
+    assert experiment.experiment == kind
+    assert experiment.parts()
+    assert experiment.differs
+
+
+def test_mistakes_in_a_file_name_key_and_remedy(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="forgetting"):
+        load("forgeting")
+    path = tmp_path / "mine.yaml"
+    path.write_text("experiment: forgeting\n")
+    with pytest.raises(InputError, match=r"mine\.yaml.*Did you mean 'forgetting'"):
+        load(str(path))
+    with pytest.raises(InputError, match="rank"):
+        load("low_rank", ["rank=0"])
+    config = compose_run("grpo", scale="smoke")
+    with pytest.raises(InputError, match=r"second.*Did you mean 'products'"):
+        Probe(config, []).run("sum_long", "product")
+
+
+def test_parts_are_measured_once_and_reports_follow_from_them(tmp_path: Path) -> None:
+    """Settings that decide a part make a new one; seeds add parts; a changed part shows in the audit."""
+    options = ["scale=smoke", "prompts=4", "rollouts_per_prompt=4", "sharpness=[0.0]", "seeds=[0]"]
+    out = tmp_path / "all action"
+    report = run_experiment(load("all_action", options), out)
+    first = {path.name: path.read_bytes() for path in (out / "parts").iterdir()}
+    assert len(first) == 2
+    assert "16 rollouts" in report.read_text()
+    run_experiment(load("all_action", [*options[:-1], "seeds=[0,1]"]), out)
+    again = {path.name: path.read_bytes() for path in (out / "parts").iterdir()}
+    assert len(again) == 3
+    assert first.items() <= again.items()
+    assert "--set seeds='[0, 1]'" in report.read_text()
+    assert not audit(out).wrong
+    elsewhere = tmp_path / "elsewhere"
+    assert rebuild_experiment(out, elsewhere).read_bytes() == report.read_bytes()
+    table = out / "tables" / "all_action_policy.csv"
+    table.write_text(table.read_text().replace("0,", "7,", 1))
+    assert any("all_action_policy.csv" in line for line in audit(out).wrong)
+    with pytest.raises(InputError, match="holds the experiment all_action"):
+        run_experiment(load("low_rank"), out)
+    for path in (out / "parts").glob("policy_seed_1*"):
+        path.unlink()
+    with pytest.raises(InputError, match="not measured"):
+        rebuild_experiment(out)
+    run_experiment(load("all_action", [*options[:-1], "seeds=[0,1]"]), out)
+    assert not audit(out).wrong
