@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 ORDER = (
     "final_accuracy",
     "differences",
+    "probability_of_improvement",
     "learning_curves",
+    "pareto",
     "pass_at_k",
+    "performance_profiles",
     "entropy_and_gradient_norm",
     "rollouts_per_prompt",
     "spend_by_phase",
@@ -73,12 +76,16 @@ def report_figures(scores: Scores, variance: Mapping[str, Any] | None = None) ->
     """The figures of a report, in `ORDER`."""
     from analysis import figures_curves as curves
     from analysis import figures_forest as forests
+    from analysis import figures_paper as paper
 
     return {
         "final_accuracy": lambda: forests.final_accuracy(scores),
         "differences": lambda: forests.differences(scores),
+        "probability_of_improvement": lambda: paper.improvement(scores),
         "learning_curves": lambda: curves.learning_curves(scores),
+        "pareto": lambda: paper.pareto(scores),
         "pass_at_k": lambda: curves.pass_at_k(scores),
+        "performance_profiles": lambda: paper.performance_profiles(scores),
         "entropy_and_gradient_norm": lambda: curves.entropy_and_gradient_norm(scores),
         "rollouts_per_prompt": lambda: curves.rollouts_per_prompt(scores),
         "spend_by_phase": lambda: forests.spend_by_phase(scores),
@@ -93,9 +100,6 @@ def paper_figures(scores: Scores, variance: Mapping[str, Any] | None = None) -> 
     return {
         **report_figures(scores, variance),
         "difficulty": lambda: paper.difficulty(scores),
-        "performance_profiles": lambda: paper.performance_profiles(scores),
-        "probability_of_improvement": lambda: paper.improvement(scores),
-        "pareto": lambda: paper.pareto(scores),
         "step_histograms": lambda: paper.step_histograms(scores),
         "token_entropy": lambda: paper.token_entropy(scores),
         "token_ratio": lambda: paper.token_ratio(scores),
@@ -138,8 +142,14 @@ def _captions(scores: Scores) -> dict[str, str]:
         f"line is {reference}.",
         "differences": f"Paired difference of final {metric} to {reference}, in percentage points; 95 % "
         f"interval {over}; an interval across zero is no finding.",
+        "probability_of_improvement": f"Probability that a run of an arm has a higher final {metric} than a run of "
+        f"{reference} on a family drawn at random; 95 % interval over seeds; the line at one half is no difference.",
         "learning_curves": f"pass@1 over training spend in {cost}; {spread}; {reference} in grey behind each arm.",
+        "pareto": f"Final {metric} over what a run cost in currencies other than the budget's; bars are 95 % intervals "
+        "over seeds, the line is the Pareto front.",
         "pass_at_k": f"Final pass@k over the number of tries k, and its difference to {reference}.",
+        "performance_profiles": "Share of runs and problems whose final pass@1 is at least as high as the value below, "
+        f"families weighted equally, and its difference to {reference}.",
         "entropy_and_gradient_norm": f"Policy entropy and gradient norm over training spend in {cost}, mean "
         "over seeds, averaged over neighbouring steps.",
         "rollouts_per_prompt": "Share of a step's prompts by the number of rollouts they got, over training, "

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from analysis.comparisons import Scores
 from analysis.figures_forest import forest
@@ -24,17 +23,15 @@ from analysis.plotting import (
     new_figure,
     percent,
 )
-from analysis.resampling import bootstrap_for
 from analysis.results import Study
 from analysis.statistics import Floats, family_weights, improvement_estimate
+from analysis.table_difficulty import by_difficulty
 from benchmark.jsonl import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DIFFICULTY = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Upper ends of the bins of success before training; the first holds problems that were never solved."""
 HISTOGRAMS = (
     ("policy/entropy_nats", "entropy, nats", False),
     ("policy/ratio_max", "largest ratio", True),
@@ -45,17 +42,6 @@ FLOOR = 1e-3
 """Nats below which a token counts as certain."""
 
 
-def difficulty_bins(scores: Scores) -> tuple[NDArray[np.int64], Floats]:
-    """Bin of every problem, (I,), by its success before training pooled over seeds, and that success, (I,).
-
-    Arms share weights and streams before training, so the bins are the same for all of them.
-    """
-    arm = scores.study.reference if scores.study.reference in scores.study.arms else scores.study.arms[0]
-    before = np.mean([scores.curve(arm, seed, "pass_at_1")[0] for seed in scores.seeds(arm)], axis=0)
-    bins = np.searchsorted(np.array(DIFFICULTY), np.asarray(before), side="left").astype(np.int64)
-    return np.asarray(bins), np.asarray(before, dtype=np.float64)
-
-
 def difficulty(scores: Scores) -> Figure | None:
     """Final pass@1 by success before training: the reference's level, and each arm's paired difference to it.
 
@@ -64,52 +50,33 @@ def difficulty(scores: Scores) -> Figure | None:
     study = scores.study
     if study.reference not in study.arms:
         return None
-    bins, _ = difficulty_bins(scores)
-    shown = [b for b in range(len(DIFFICULTY)) if (bins == b).any()]
-    others = [arm for arm in study.arms if arm != study.reference and scores.seeds(arm, study.reference)]
-    figure = new_figure(0.2 * (len(others) + 1) + 0.75)
+    cells = list(by_difficulty(scores))
+    arms, heads = list(dict.fromkeys(cell.arm for cell in cells)), [c for c in cells if c.arm == study.reference]
+    figure = new_figure(0.2 * len(arms) + 0.75)
     axis: Axes = figure.subplots()
-    level = scores.final(study.reference, "pass_at_1")
-    table = np.full((len(others) + 1, len(shown)), np.nan)
+    table = np.full((len(arms), len(heads)), np.nan)
     size = 6.0 if narrow() else 7.5
-    for column, b in enumerate(shown):
-        places = np.flatnonzero(bins == b)
-        text = f"{100 * level[:, places].mean():.1f} %"
-        axis.text(column, 0, text, ha="center", va="center", fontsize=size, color="#444444", style="italic")
-        for row, arm in enumerate(others, start=1):
-            values = scores.paired((arm, study.reference), "pass_at_1")[:, places]
-            found = bootstrap_for(len(values), ("bin",) * len(places)).estimate(values)
-            table[row, column] = float(found.mean)
-            clear = bool(found.low > 0 or found.high < 0)
-            weight = "bold" if clear else "normal"
-            axis.text(
-                column,
-                row,
-                points(float(found.mean), sign=True),
-                ha="center",
-                va="center",
-                fontsize=size,
-                weight=weight,
-            )
+    for place, cell in enumerate(cells):
+        row, column = divmod(place, len(heads))
+        mean = float(cell.found.mean)
+        look: dict[str, Any] = {"weight": "bold" if cell.clear else "normal"}
+        if row == 0:
+            look = {"color": "#444444", "style": "italic"}
+        else:
+            table[row, column] = mean
+        text = points(mean, sign=True) if row else f"{100 * mean:.1f} %"
+        axis.text(column, row, text, ha="center", va="center", fontsize=size, **look)
     reach = float(np.nanmax(np.abs(table), initial=0.01))
     # Light at both ends, so that black text stays readable; the sign is in the text, for grey print.
     axis.imshow(table, cmap="PuOr", vmin=-2.2 * reach, vmax=2.2 * reach, aspect="auto")
-    names = [_bin_name(b) for b in shown]
-    counts = [int((bins == b).sum()) for b in shown]
-    axis.set_xticks(range(len(shown)), [f"{name}\nn = {count}" for name, count in zip(names, counts, strict=True)])
-    axis.set_yticks(range(len(others) + 1), [study.reference, *others])
+    axis.set_xticks(range(len(heads)), [f"{head.name}\nn = {head.problems}" for head in heads])
+    axis.set_yticks(range(len(arms)), arms)
     axis.tick_params(length=0, labelsize=size)
     axis.grid(visible=False)
     for side in axis.spines.values():
         side.set_visible(False)
     label_x(figure, axis, f"success before training, %; below {study.reference}: difference to it, points")
     return figure
-
-
-def _bin_name(number: int) -> str:
-    if number == 0:
-        return "0"
-    return f"{100 * DIFFICULTY[number - 1]:g}\N{EN DASH}{100 * DIFFICULTY[number]:g}"
 
 
 def profile(scores: Scores, arm: str, thresholds: Floats) -> Floats:

@@ -17,6 +17,7 @@ from analysis.readme import read_marked, write_readme
 from analysis.results import Study, load_study, read_json
 from analysis.summary import METHOD, headline
 from analysis.table_changes import changes_table
+from analysis.table_difficulty import difficulty_table
 from analysis.table_scores import (
     aggregates_table,
     claims_table,
@@ -156,6 +157,7 @@ def _tables(
         if by_change is not None:
             yield by_change
         yield family_table(scores, differences)
+        yield difficulty_table(scores)
         yield cost_table(scores)
     yield aggregates_table(scores)
     yield ranking_table(scores)
@@ -182,10 +184,15 @@ def _compose(
         "What to know first": _listed([no_links(line) for line in caveats(scores)]),
         "Claims": _claims(study, answers),
         "Main table": f"{result}\n\n{table('main_table')}{figure('final_accuracy')}",
-        f"Difference to {study.reference}": table("differences") + figure("differences"),
+        f"Difference to {study.reference}": table("differences")
+        + figure("differences")
+        + figure("probability_of_improvement"),
         "By what the arms change": table("by_change"),
-        "By family and number of tries": table("differences_by_family") + figure("pass_at_k"),
-        "Learning curves and cost": figure("learning_curves") + table("cost_to_target"),
+        "By family, number of tries and difficulty": table("differences_by_family")
+        + figure("pass_at_k")
+        + figure("performance_profiles")
+        + table("difficulty"),
+        "Learning curves and cost": figure("learning_curves") + table("cost_to_target") + figure("pareto"),
         "Ranking under other currencies": table("ranking_by_currency"),
         "Robust aggregates": table("aggregates"),
         "What was spent": _listed(audit(study))

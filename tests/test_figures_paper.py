@@ -25,6 +25,7 @@ from analysis.palette import ARMS, PHASES, SPARE
 from analysis.plotting import COLUMNS, theme
 from analysis.results import load_study, only
 from analysis.statistics import family_weights
+from analysis.table_difficulty import UPPER_ENDS, difficulty_bins, difficulty_table
 from benchmark.errors import InputError
 
 sys.path.append(str(Path(__file__).parent))
@@ -45,25 +46,39 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
 
 
 def test_bins_hold_every_problem_by_its_success_before_training(scores: Scores) -> None:
-    bins, before = paper.difficulty_bins(scores)
+    bins, before = difficulty_bins(scores)
     assert len(bins) == len(scores.items)
     assert set(before[bins == 0]) <= {0.0}
     assert all(0.5 < value <= 0.75 for value in before[bins == 3])
-    assert set(bins) <= set(range(len(paper.DIFFICULTY)))
+    assert set(bins) <= set(range(len(UPPER_ENDS)))
 
 
 def test_the_difficulty_figure_says_paired_differences(scores: Scores) -> None:
-    bins, _ = paper.difficulty_bins(scores)
+    bins, _ = difficulty_bins(scores)
     with theme():
         figure = paper.difficulty(scores)
     assert figure is not None
     texts = [text.get_text() for text in figure.axes[0].texts]
     first = min(set(bins.tolist()))
     expected = 100 * scores.paired(("dynamo", "grpo"), "pass_at_1")[:, bins == first].mean()
-    shown = texts[2].replace("\N{MINUS SIGN}", "-")  # grpo's level, then dapo, then dynamo in the first column
+    columns = len(figure.axes[0].get_xticklabels())
+    shown = texts[2 * columns].replace("\N{MINUS SIGN}", "-")  # rows: grpo's level, dapo, dynamo
     assert float(shown) == pytest.approx(expected, abs=0.051)
     counts = [int(n) for label in figure.axes[0].get_xticklabels() for n in re.findall(r"n = (\d+)", label.get_text())]
     assert sum(counts) == len(scores.items)
+
+
+def test_the_difficulty_table_adds_up_to_the_mean_over_problems(scores: Scores) -> None:
+    """Bins divide the problems: weighted by their size, level and differences are those over all problems."""
+    data = difficulty_table(scores).data
+    final = {arm: scores.final(arm, "pass_at_1").mean() for arm in scores.study.arms}
+    for arm, own in data.groupby("arm"):
+        assert own["problems"].sum() == len(scores.items)
+        mean = float((own["mean"] * own["problems"]).sum() / len(scores.items))
+        expected = final[arm] - (0 if arm == "grpo" else final["grpo"])
+        assert mean == pytest.approx(float(expected), abs=1e-9)
+        assert (own["low"] <= own["mean"]).all()
+        assert (own["mean"] <= own["high"]).all()
 
 
 def test_a_profile_falls_from_everything_and_its_area_is_the_mean(scores: Scores) -> None:
