@@ -47,6 +47,11 @@ def caveats(scores: Scores) -> list[str]:
         for count, what in _SHARED.items():
             if lone := [arm for arm in shared if shared[arm] == count]:
                 problems.append(f"{', '.join(lone)}: {counted(count, 'seed')} shared with {study.reference}, {what}.")
+    states = study.done.groupby("arm")["method_sha256"].nunique()
+    if mixed := [arm for arm in study.arms if states[arm] > 1]:
+        problems.append(
+            f"{', '.join(mixed)}: the files of the method changed between its runs, which are compared as one."
+        )
     if study.plan.get("scale") == "smoke":
         problems.append("Scale smoke shows that everything runs; it is far too small to say anything about an arm.")
     return problems

@@ -310,6 +310,7 @@ def _result_columns(result: Mapping[str, Any]) -> dict[str, Any]:
     columns |= {f"oracle/{name}": result.get("oracle", {}).get(name, 0) for name in CURRENCIES}
     columns |= {f"drawn/{fate}": result.get("drawn", {}).get(fate, 0) for fate in FATES}
     columns |= {f"seconds/{phase}": value for phase, value in result.get("seconds", {}).items()}
+    columns["method_sha256"] = (result.get("code") or [{}])[-1].get("method_sha256")
     return columns | {"versions": json.dumps(result.get("versions", {}), sort_keys=True)}
 
 

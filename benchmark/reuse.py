@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmark import registry
 from benchmark.cells import Cell, claim
 from benchmark.errors import InputError, storing
 from benchmark.jsonl import atomic_write_json
 from benchmark.opening import check_folder
 from benchmark.seal import LEASES, RESULT, file_hash, is_sealed, listed_files
+from benchmark.source import method_changed
 
 ORIGIN = "origin.json"
 _OWN = {LEASES, "checkpoint", "failure.json", RESULT}
@@ -20,7 +22,8 @@ def take_over(cells: Sequence[Cell], studies: Sequence[Path]) -> list[Cell]:
     """Copy into `cells` what is finished in other `studies`; the first that has a run gives it.
 
     A run's identity leaves the study's name out, so what is copied is what training would have written, measured
-    seconds apart. ``origin.json`` in the copy names the folder it came from.
+    seconds apart. A run made by other files of its method is left where it is. ``origin.json`` in the copy names the
+    folder it came from.
 
     Returns:
         The cells that were filled.
@@ -41,7 +44,8 @@ def take_over(cells: Sequence[Cell], studies: Sequence[Path]) -> list[Cell]:
 def _copy(source: Path, cell: Cell) -> bool:
     if source.resolve() == cell.folder.resolve() or cell.result() is not None:
         return False
-    if Cell(cell.config, source).result() is None:
+    result = Cell(cell.config, source).result()
+    if result is None or method_changed(result, registry.load(cell.config.method.name)):
         return False
     _check(source)
     lease = claim(cell.folder)

@@ -40,7 +40,7 @@ from benchmark.probing import prompt_features
 from benchmark.problems import digest, load_task
 from benchmark.recall import Recall
 from benchmark.result import result_of
-from benchmark.source import code_state
+from benchmark.source import code_of
 from benchmark.staleness import Past
 from benchmark.step_metrics import allocation_row, rollout_metrics
 from benchmark.trace import EvaluationTrace, Trace
@@ -332,7 +332,7 @@ class Run:
     def _resume(self) -> bool:
         """Continue from the newest whole checkpoint, or (False) from nothing: records are cut back to what it knew."""
         self.place = self.updates = 0
-        self.signal, self.code = [0.0, 0.0, 0.0], [code_state()]
+        self.signal, self.code = [0.0, 0.0, 0.0], [code_of(type(self.method))]
         with self.fence():
             found = checkpoint.latest(self.out / "checkpoint", self._fits) if ranks.rank() == 0 else None
             kept = found[1]["records"] if found else {}
@@ -351,7 +351,7 @@ class Run:
         self.saved = (self.step, self.points)
         self.updates, self.elapsed, self.seconds = state["updates"], state["elapsed"], state["seconds"]
         self.signal, known = state["signal"], state.get("code", [])
-        self.code = known if code_state() in known else [*known, code_state()]
+        self.code = known + [code for code in self.code if code not in known]
         self.trace.restore(state.get("trace", []))
         self.ledger = Ledger.restore(self.out / "ledger.jsonl", state["ledger"])
         self.ledger.record = self.records["ledger.jsonl"]

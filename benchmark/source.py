@@ -1,12 +1,14 @@
-"""The code that is running: its commit, whether the checkout was changed, and a hash of its files."""
+"""The code that is running: its commit, whether the checkout was changed, a hash of its files and of a method's."""
 
 from __future__ import annotations
 
 import hashlib
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import benchmark
@@ -14,6 +16,38 @@ import benchmark
 PACKAGES = ("benchmark", "baselines", "methods", "analysis")
 SUFFIXES = (".py", ".yaml", ".html", ".css", ".js")
 _GIT_SECONDS = 20.0
+
+
+def code_of(method: type) -> dict[str, Any]:
+    """`code_state`, and ``method_sha256`` of the files behind a method's class.
+
+    They are its own module, those of the classes it is derived from, and what these take from their own packages; the
+    harness is not among them.
+    """
+    known, waiting = dict[str, Path](), [cls.__module__ for cls in method.__mro__]
+    tops = {name.partition(".")[0] for name in waiting} - sys.stdlib_module_names - {"benchmark"}
+    while waiting:
+        name = waiting.pop()
+        module = sys.modules.get(name)
+        path = getattr(module, "__file__", None)
+        if module is None or path is None or name in known or name.partition(".")[0] not in tops:
+            continue
+        known[name] = Path(path)
+        waiting += [
+            value.__name__ if isinstance(value, ModuleType) else str(getattr(value, "__module__", ""))
+            for value in list(vars(module).values())
+        ]
+    total = hashlib.sha256()
+    for name in sorted(known):
+        total.update(f"{name}\0{known[name].stat().st_size}\0".encode() + known[name].read_bytes())
+    return {**code_state(), "method_sha256": total.hexdigest()}
+
+
+def method_changed(result: Mapping[str, Any], method: type) -> bool:
+    """Whether a run ended with other files of its method than those of now; False where its result does not say."""
+    now = code_of(method)["method_sha256"]
+    last = (result.get("code") or [{}])[-1]
+    return bool(last.get("method_sha256", now) != now)
 
 
 @cache

@@ -24,6 +24,7 @@ from benchmark.errors import InputError
 from benchmark.jsonl import atomic_write_json
 from benchmark.progress import Bar, Display
 from benchmark.reuse import take_over
+from benchmark.source import method_changed
 from benchmark.workers import Pool, Workers, default_workers
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def run_study(
     missing = [cell for cell in cells if cell.result() is None]
     record = plan_record(plan, cells) | {"command": command}
     _announce(display, folder, record, len(missing), len(taken))
+    _tell_changed(display, folder, cells)
     atomic_write_json(folder / "plan.json", record)
     invocation = uuid.uuid4().hex
     interrupts = Interrupts()
@@ -373,6 +375,15 @@ def _tell_failures(
         from analysis.report import write_failures
 
         write_failures(folder)
+
+
+def _tell_changed(display: Display, folder: Path, cells: Sequence[Cell]) -> None:
+    """Say which finished runs are of another state of their method's files; an edit may be a comment, so they stay."""
+    results = [(cell.config, result) for cell in cells if (result := cell.result()) is not None]
+    changed = {run.arm for run, result in results if method_changed(result, registry.load(run.method.name))}
+    for arm in sorted(changed):
+        again = f"to run them again, remove {folder / 'cells' / arm}-s*"
+        display.note(f"{arm}: the method's files changed since its finished runs, which stay; {again}")
 
 
 def _announce(display: Display, folder: Path, record: dict[str, Any], missing: int, taken: int) -> None:

@@ -190,6 +190,17 @@ def test_missing_and_failed_cells_come_first_and_count_nowhere(made: ModuleType,
     assert "no finished seed in common" in text
 
 
+def test_a_method_edited_between_its_runs_is_named_first(made: ModuleType, tmp_path: Path, quick: None) -> None:
+    folder = made.make_study(tmp_path / "edited", recipe(made, seeds=(0, 1), points=3, steps=4))
+    for number, name in enumerate(("rloo", "dynamo", "rloo", "dynamo")):
+        cell = sorted((folder / "cells").glob(f"{name}-s{number // 2}*"))[0] / "result.json"
+        state = {"method_sha256": "one" if name == "dynamo" else str(number)}
+        cell.write_text(json.dumps({**json.loads(cell.read_text()), "code": [state]}))
+    text = write_report(folder).read_text()
+    told = [line for line in text.splitlines() if "files of the method changed between its runs" in line]
+    assert told == ["- rloo: the files of the method changed between its runs, which are compared as one."]
+
+
 def test_one_seed_decides_nothing_and_says_so(made: ModuleType, tmp_path: Path, quick: None) -> None:
     folder = made.make_study(tmp_path / "one", recipe(made, seeds=(0,), points=3, steps=4))
     text = write_report(folder).read_text()
