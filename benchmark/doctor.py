@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import benchmark
+from benchmark.installing import checkout, install_line
 
 State = Literal["ok", "note", "missing"]
 PYTHON = ((3, 11), (3, 14))
@@ -60,7 +61,7 @@ def examine_machine() -> Iterator[Finding]:
 
 def requirements() -> dict[str, list[str]]:
     """Requirements by extra ('' for those without one): of the checkout's pyproject, or of the installed package."""
-    file = _checkout() / "pyproject.toml"
+    file = checkout() / "pyproject.toml"
     if file.is_file():
         project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
         return {"": project["dependencies"], **project["optional-dependencies"]}
@@ -74,16 +75,12 @@ def requirements() -> dict[str, list[str]]:
 
 def tested_versions() -> dict[str, str]:
     """The versions of ``constraints/cpu.txt``, by normalised package name."""
-    for folder in (_checkout() / "constraints", Path(benchmark.__path__[0]) / "_constraints"):
+    for folder in (checkout() / "constraints", Path(benchmark.__path__[0]) / "_constraints"):
         if (folder / "cpu.txt").is_file():
             lines = (folder / "cpu.txt").read_text(encoding="utf-8").splitlines()
             pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
             return {_normal(name): version.strip() for name, version in pairs}
     return {}
-
-
-def _checkout() -> Path:
-    return Path(benchmark.__path__[0]).parent
 
 
 def _normal(name: str) -> str:
@@ -95,12 +92,6 @@ def _python() -> Finding:
     if not PYTHON[0] <= sys.version_info[:2] < PYTHON[1]:
         return Finding("python", "missing", found, "Use Python 3.11, 3.12 or 3.13")
     return Finding("python", "ok", found)
-
-
-def _install(extra: str) -> str:
-    if (_checkout() / "pyproject.toml").is_file():
-        return "python -m pip install -c constraints/cpu.txt -e " + (f'".[{extra}]"' if extra else ".")
-    return "python -m pip install " + (f'"rolloutbench[{extra}]"' if extra else "rolloutbench")
 
 
 def _packages() -> Iterator[Finding]:
@@ -125,9 +116,9 @@ def _packages() -> Iterator[Finding]:
         name = f"packages, extra {extra}" if extra else "packages"
         faults = [*(f"{package} is not installed" for package in absent), *outside]
         if faults:
-            yield Finding(name, "note" if extra else "missing", "; ".join(faults), _install(extra))
+            yield Finding(name, "note" if extra else "missing", "; ".join(faults), install_line(extra))
         elif other:
-            yield Finding(name, "note", f"not the tested versions: {'; '.join(other)}", _install(extra))
+            yield Finding(name, "note", f"not the tested versions: {'; '.join(other)}", install_line(extra))
         else:
             yield Finding(name, "ok", f"{len(lines)} installed, versions as tested")
 
@@ -143,7 +134,7 @@ def _methods() -> Finding:
         except InputError as error:
             broken.append(str(error))
     if not registry.names():
-        return Finding("methods", "missing", "no arm is registered", _install(""))
+        return Finding("methods", "missing", "no arm is registered", install_line(""))
     if broken:
         return Finding("methods", "note", "; ".join(broken), "Mend or remove the packages that provide them")
     return Finding("methods", "ok", f"{len(registry.names())} arms")
@@ -199,7 +190,7 @@ def _accelerator() -> Finding:
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:
-        return Finding("accelerator", "missing", f"torch cannot be imported ({error})", _install(""))
+        return Finding("accelerator", "missing", f"torch cannot be imported ({error})", install_line(""))
     if not torch.cuda.is_available():
         build = "no GPU that torch sees" if torch.version.cuda else f"torch {torch.__version__} is built for CPUs"
         remedy = 'ROLLOUTBENCH_TORCH="torch --index-url URL" nox ..., URL of your CUDA version (pytorch.org)'

@@ -19,6 +19,7 @@ import torch
 
 from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig
 from benchmark.errors import InputError
+from benchmark.installing import install_line
 
 PACKAGE = "package:"
 MODELS = "ROLLOUTBENCH_MODELS"
@@ -62,8 +63,8 @@ def missing_package(path: str) -> str:
 def _converted(file: Path, cache: Path) -> Path:
     """A float32 transformers folder with the weights and tokenizer of a GGUF file."""
     if importlib.util.find_spec("gguf") is None:
-        remedy = 'python -m pip install "rolloutbench[gguf]"'
-        raise InputError("reading GGUF needs the package gguf", key="policy.path", value=str(file), remedy=remedy)
+        what = "reading GGUF needs the package gguf"
+        raise InputError(what, key="policy.path", value=str(file), remedy=install_line("gguf"))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with file.open("rb") as stream:
@@ -121,8 +122,8 @@ def _with_adapters(model: Any, lora: LoRAConfig) -> Any:
     try:
         import peft
     except ImportError as error:
-        remedy = 'python -m pip install "rolloutbench[peft]"'
-        raise InputError("low-rank adapters need the package peft", key="policy.lora", remedy=remedy) from error
+        what = "low-rank adapters need the package peft"
+        raise InputError(what, key="policy.lora", remedy=install_line("peft")) from error
     torch.manual_seed(0)  # every arm starts from the same adapters
     settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(model, settings)

@@ -37,7 +37,7 @@ class Bar:
 
 def short(amount: float) -> str:
     """An amount in at most three significant digits with its thousands as a letter: 950, 1.25k, 56M, 3.1G."""
-    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(amount) >= 0.9995 * size:
             return f"{amount / size:.3g}{letter}" if abs(amount) < 999.5 * size else f"{amount / size:.0f}{letter}"
     return f"{amount:.3g}" if abs(amount) < 999.5 else f"{amount:.0f}"

@@ -16,9 +16,8 @@ from typing import Any
 
 from benchmark.cells import Cell, RunCell, owner, running
 from benchmark.errors import InputError
+from benchmark.installing import install_line
 from benchmark.workers import ONE_THREAD, WorkersFailedError, default_workers, serve
-
-INSTALL = 'python -m pip install "rolloutbench[ray]"'
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def connect(address: str, gpus: float = 0.0) -> int:
     try:
         import ray
     except ImportError as error:
-        raise InputError(f"Ray is missing ({error})", key="--ray", value=address, remedy=INSTALL) from error
+        raise InputError(f"Ray is missing ({error})", key="--ray", value=address, remedy=install_line("ray")) from error
     local: dict[str, Any] = {"num_cpus": default_workers(), "include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address, log_to_driver=False, runtime_env={"env_vars": ONE_THREAD}, **local)

@@ -94,7 +94,7 @@ def page() -> Iterator[Any]:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
     if chromium is None:
         pytest.skip("no Chromium or Chrome is installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'rolloutbench[browser]'")
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[browser]'")
     # As root, as in containers, Chromium refuses to start in its sandbox.
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
     with playwright.sync_playwright() as play, play.chromium.launch(executable_path=chromium, args=options) as browser:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 import tempfile
 from importlib import metadata
@@ -14,9 +16,10 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from benchmark import doctor, registry
+from benchmark import doctor, installing, registry
 from benchmark.cli import app
 from benchmark.doctor import Finding, examine_machine, requirements
+from benchmark.installing import checkout, install_line
 
 
 def findings() -> dict[str, Finding]:
@@ -32,7 +35,7 @@ def test_what_the_project_declares_is_what_is_looked_for() -> None:
 
 
 def test_an_installed_package_knows_its_requirements_from_its_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_checkout", lambda: Path("nowhere"))
+    monkeypatch.setattr(doctor, "checkout", lambda: Path("nowhere"))
     lines = ["torch>=2.9", 'ray>=2.50; extra == "ray"', "ruff>=0.14 ; extra == 'dev'"]
     monkeypatch.setattr(metadata, "requires", lambda name: lines)
     assert requirements() == {"": ["torch>=2.9"], "ray": ["ray>=2.50"], "dev": ["ruff>=0.14"]}
@@ -51,6 +54,7 @@ def test_this_machine_has_what_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_a_package_that_is_absent_ends_the_search_with_the_line_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(checkout())
     monkeypatch.setattr(doctor, "requirements", lambda: {"": ["numpy>=2", "no-such-package"], "ray": ["no-ray"]})
     found = findings()
     assert found["packages"].state == "missing"
@@ -59,6 +63,25 @@ def test_a_package_that_is_absent_ends_the_search_with_the_line_that_installs_it
     assert found["packages, extra ray"].state == "note"
     assert found["packages, extra ray"].remedy.endswith('-e ".[ray]"')
     assert "methods" not in found
+
+
+def test_the_line_that_installs_names_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From any folder, also into a checkout whose path holds a space."""
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(install_line("ray"))
+    assert words[:4] == ["python", "-m", "pip", "install"]
+    assert Path(words[words.index("-c") + 1]).is_file()
+    folder, extra, _ = re.split(r"[\[\]]", words[words.index("-e") + 1])
+    assert (Path(folder) / "pyproject.toml").is_file()
+    assert f"\n{extra} = [" in (Path(folder) / "pyproject.toml").read_text()
+    spaced = tmp_path / "a b"
+    (spaced / "constraints").mkdir(parents=True)
+    (spaced / "pyproject.toml").write_text("")
+    monkeypatch.setattr(installing, "checkout", lambda: spaced)
+    assert shlex.split(install_line())[-3:] == [str(spaced / "constraints" / "cpu.txt"), "-e", str(spaced)]
+    assert shlex.split(install_line("ray"))[-1] == f"{spaced}[ray]"
+    (spaced / "pyproject.toml").unlink()
+    assert install_line("ray") == 'python -m pip install "rolloutbench[ray]"'
 
 
 def test_versions_out_of_range_are_missing_and_untested_ones_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ decision_rule: Look.
 def postgres() -> Iterator[str]:
     binaries = servers.postgres_binaries()
     if binaries is None:
-        pytest.skip("no PostgreSQL: pip install 'rolloutbench[pgserver]', or install one of the system")
+        pytest.skip("no PostgreSQL: pip install -e '.[pgserver]', or install one of the system")
     with servers.postgres(binaries) as uri:
         yield uri
 
@@ -67,7 +67,7 @@ def until(condition: Any, tries: int = 600) -> None:
 @pytest.mark.parametrize("store", STORES)
 def test_killed_servers_and_mirrors_lose_and_double_nothing(store: str, tmp_path: Path) -> None:
     if store == "postgres" and servers.postgres_binaries() is None:
-        pytest.skip("no PostgreSQL: pip install 'rolloutbench[pgserver]', or install one of the system")
+        pytest.skip("no PostgreSQL: pip install -e '.[pgserver]', or install one of the system")
     driver = Path(__file__).with_name("mirror_crash_driver.py")
     command = [sys.executable, str(driver), str(tmp_path), *(["--postgres"] if store == "postgres" else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -515,6 +515,7 @@ def test_a_terminal_shows_bars(tmp_path: Path) -> None:
         (1250, "1.25k"),
         (999_600, "1M"),
         (56e6, "56M"),
+        (1091472e15, "1.09Z"),
         (3.14e9, "3.14G"),
     ],
 )

@@ -1,0 +1,25 @@
+"""The line that installs what is missing, as it works where the suite is: in a checkout, or from a wheel."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import benchmark
+
+
+def checkout() -> Path:
+    """The folder that holds the packages."""
+    return Path(benchmark.__path__[0]).parent
+
+
+def install_line(extra: str = "") -> str:
+    """The command that installs the suite with an extra; paths are relative in the checkout, else absolute."""
+    root = checkout()
+    if not (root / "pyproject.toml").is_file():
+        return "python -m pip install " + (f'"rolloutbench[{extra}]"' if extra else "rolloutbench")
+    here = root == Path.cwd()
+    constraints = "constraints/cpu.txt" if here else shlex.quote(str(root / "constraints" / "cpu.txt"))
+    place = "." if here else str(root)
+    wanted = f'"{place}[{extra}]"' if extra else (place if here else shlex.quote(place))
+    return f"python -m pip install -c {constraints} -e {wanted}"
