@@ -149,6 +149,7 @@ class _Colocated(Engine):
             tensor_parallel_size=config.vllm.tensor_parallel,
             max_model_len=config.vllm.max_model_len,
             enforce_eager=config.vllm.eager,
+            enable_chunked_prefill=gpu,  # see `benchmark.vllm_server`
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
             worker_extension_cls="benchmark.vllm_worker.PolicyLoader",

@@ -4,7 +4,8 @@
 
 It is vLLM's OpenAI server with the switches that training needs: development mode (new weights come through
 ``/collective_rpc``: let nobody else reach the port), full-softmax sampling, log-probabilities after temperature. It
-listens on 127.0.0.1 unless ``--host`` names another address, and says where.
+listens on 127.0.0.1 unless ``--host`` names another address, and says where. On a CPU a prompt is never read in parts:
+vLLM then winds the request's generator back, which generators of CPUs cannot do, and the engine ends.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+
+import torch
 
 from benchmark.errors import InputError
 
@@ -33,6 +36,8 @@ def command(arguments: list[str]) -> list[str]:
         raise InputError("no model", key="MODEL", remedy="python -m benchmark.vllm_server MODEL [vLLM options]")
     given = {argument.removeprefix("--").partition("=")[0] for argument in arguments}
     extra = [part for name, value in SWITCHES.items() if name not in given for part in (f"--{name}", value)]
+    if not torch.accelerator.is_available() and "enable-chunked-prefill" not in given:
+        extra.append("--no-enable-chunked-prefill")
     # Not the `vllm` command: it asks for a distribution of that name, which the CPU build does not have.
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *arguments, *extra]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 import benchmark
@@ -213,6 +214,8 @@ def test_servers_listen_on_this_machine_only_unless_told_otherwise() -> None:
     line = vllm_server.command(["model"])
     assert line[line.index("--host") + 1] == "127.0.0.1"
     assert "127.0.0.1" not in vllm_server.command(["model", "--host", "0.0.0.0"])
+    assert ("--no-enable-chunked-prefill" in line) == (not torch.accelerator.is_available())
+    assert "--no-enable-chunked-prefill" not in vllm_server.command(["model", "--enable-chunked-prefill"])
     assert "127.0.0.1" in CliRunner().invoke(app, ["dashboard", "--help"]).stdout
 
 

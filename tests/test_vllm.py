@@ -122,6 +122,17 @@ def test_the_same_streams_sample_the_same_and_others_do_not(backend: VLLMBackend
     assert first != backend.generate(asked(backend.policy, seed=1)).texts()
 
 
+def test_more_prompt_tokens_than_one_step_of_the_engine_reads(backend: VLLMBackend) -> None:
+    """A prompt that is read in parts ends an engine on a CPU: its request's generator cannot be wound back."""
+    backend.load_weights()
+    ids = backend.policy.encode(["Compute " + "+".join(["12"] * 30) + "."])[0]
+    assert 80 < len(ids) <= 104
+    count = 16_384 // len(ids)
+    keys = np.arange(count, dtype=np.uint64)
+    request = Request([torch.tensor(ids)], np.array([count]), keys, np.zeros(count, dtype=np.int64), 8, 1.0)
+    assert len(backend.generate(request)) == count
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probabilities_are_those_of_the_trainer(backend: VLLMBackend, temperature: float) -> None:
     backend.load_weights()
