@@ -39,8 +39,8 @@ class Study:
         plan: ``plan.json``.
         cells: one row per planned cell: arm, seed, dir, state (done, failed, running, interrupted, missing,
             incomplete), message; of done cells also planned, steps, overshoot, wall_seconds, device,
-            spent/<currency>, oracle/<currency>, drawn/<fate>, seconds/<phase>, versions, and as origin the folder a
-            run was copied from, or "".
+            spent/<currency>, oracle/<currency>, drawn/<fate>, seconds/<phase>, versions, method_sha256 (None where it
+            was not kept), and as origin the folder a run was copied from, or "".
         points: one row per evaluation of a done cell: arm, seed, point, step, final, and the cumulative training
             spend in every currency.
         evaluations: one row per evaluated item: arm, seed, point, item, family, n samples, c correct.

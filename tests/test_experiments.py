@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -282,3 +283,36 @@ def test_parts_are_measured_once_and_reports_follow_from_them(tmp_path: Path) ->
         rebuild_experiment(out)
     run_experiment(load("all_action", [*options[:-1], "seeds=[0,1]"]), out)
     assert not audit(out).wrong
+
+
+def test_closed_forms_reach_their_reports(tmp_path: Path) -> None:
+    """What a reader sees in the table is what the closed form says, and what is found speaks of the same numbers."""
+    report = run_experiment(load("label_noise", ["flip_rates=[0.1]"]), tmp_path / "noise").read_text()
+    share, noise = compare(half_dead(), 0.1)["standard deviation"]
+    assert f"{100 * share:.1f} % / {noise:.3f}" in report
+    assert f"by the standard deviation: {100 * (1 - noise):.1f} % at 0.1." in report
+    report = run_experiment(load("low_rank", ["scales=[small]", "contexts=[1024]"]), tmp_path / "rank").read_text()
+    shape = shape_of("small")
+    attention = attention_flops(shape, 1024)
+    share = attention / (2 * shape.multiplied + attention)
+    saved = low_rank_saving(shape, 1024, 64)
+    assert f"| small | {100 * share:.1f} % / {100 * saved:.1f} % |" in report
+    assert f"small: at most {100 * saved:.1f} % at 1,024 tokens" in report
+
+
+def test_what_forgetting_finds_is_paired_by_seed() -> None:
+    """The first family falls by 10 points with one seed and rises by 2 with the other; the second gains 20 in both."""
+    experiment = load("forgetting", ["seeds=[0,1]", "decays=[]"])
+    after = {"seed_0": {"sum_long": (0.5, 0.4), "products": (0.3, 0.5)}, "seed_1": {"sum_long": (0.4, 0.42)}}
+    after["seed_1"]["products"] = (0.2, 0.4)
+    rows = [
+        {"part": part, "moment": moment, "family": family, "pass_at_1": values[place]}
+        for part, found in after.items()
+        for place, moment in ((0, "before"), (0, "after sum_long"), (1, "then products"))
+        for family, values in found.items()
+    ]
+    lines = experiment.findings(pd.DataFrame(rows))
+    found = lines[0].replace("\N{MINUS SIGN}", "-")
+    assert "-4.0 (-10.0 to +2.0) on sum_long, +20.0 (+20.0 to +20.0) on products" in found
+    (table,) = experiment.tables(pd.DataFrame(rows))
+    assert [cell.text for cell in table.rows[-1][:2]] == ["then products", "41.0 (40.0 to 42.0)"]
