@@ -73,9 +73,9 @@ def load_checkpoint(folder: Path, device: torch.device) -> tuple[Policy, Tensor]
 def second_moment(run: Run) -> Tensor:
     """Adam's v / (1 - beta_2^t) in the coordinates of `rollout_gradients`, (D,)."""
     shadow = copy.deepcopy(run.policy.model)
-    state = run.optimiser.state
+    state = run.optimiser.adam.state
     with torch.no_grad():
         for mine, own in zip(shadow.parameters(), run.policy.model.parameters(), strict=True):
-            beta = run.optimiser.param_groups[0]["betas"][1]
+            beta = run.optimiser.adam.param_groups[0]["betas"][1]
             mine.copy_(state[own]["exp_avg_sq"] / (1 - beta ** float(state[own]["step"])))
         return flatten(fuse(shadow)).cpu()

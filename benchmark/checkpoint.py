@@ -24,6 +24,7 @@ from torch import Tensor
 from benchmark import sharding
 from benchmark.errors import StorageError, storing
 from benchmark.jsonl import PARTIAL, sync_folder
+from benchmark.optimiser import Optimiser
 from benchmark.policy import Policy
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -57,12 +58,12 @@ def save(folder: Path, tensors: dict[str, Tensor], history: dict[str, Tensor], s
             old.unlink()
 
 
-def tensors_of(policy: Policy, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def tensors_of(policy: Policy, optimiser: Optimiser) -> dict[str, Tensor]:
     """Weights and optimiser moments by name. Where processes hold parts of them, all ask, and the first has them."""
     tensors = {f"policy/{key}": sharding.kept(value).contiguous() for key, value in policy.parameters().items()}
     for key, parameter in policy.parameters().items():
-        for moment, value in optimiser.state.get(parameter, {}).items():
-            tensors[f"optimiser/{moment}/{key}"] = sharding.kept(value).contiguous()
+        for moment, value in optimiser.moments(parameter).items():
+            tensors[f"optimiser/{moment}/{key}"] = value.contiguous()
     return tensors
 
 
@@ -86,7 +87,7 @@ def latest(folder: Path, fits: Callable[[dict[str, Any]], bool] = lambda _: True
     return None
 
 
-def load(file: Path, policy: Policy, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def load(file: Path, policy: Policy, optimiser: Optimiser) -> dict[str, Tensor]:
     """Put weights and optimiser moments of `file` in place; returns the history's tensors."""
     with safe_open(file, framework="pt") as opened:  # tensor by tensor: every process of a run reads all of them
         names = set(opened.keys())
@@ -94,17 +95,15 @@ def load(file: Path, policy: Policy, optimiser: torch.optim.Optimizer) -> dict[s
         return {n.removeprefix("history/"): opened.get_tensor(n) for n in names if n.startswith("history/")}
 
 
-def put(
-    read: Callable[[str], Tensor], names: Collection[str], policy: Policy, optimiser: torch.optim.Optimizer
-) -> None:
+def put(read: Callable[[str], Tensor], names: Collection[str], policy: Policy, optimiser: Optimiser) -> None:
     """The inverse of `tensors_of`: `read` gives the tensor of a name."""
+    found: dict[Tensor, dict[str, Tensor]] = {}
     with torch.no_grad():
         for key, parameter in policy.parameters().items():
             parameter.copy_(sharding.like(read(f"policy/{key}"), parameter))
-            moments = {m: read(f"optimiser/{m}/{key}") for m in MOMENTS if f"optimiser/{m}/{key}" in names}
-            if moments:
-                step = {"step": moments.pop("step").clone()} if "step" in moments else {}
-                optimiser.state[parameter] = {m: sharding.like(v, parameter) for m, v in moments.items()} | step
+            if moments := {m: read(f"optimiser/{m}/{key}") for m in MOMENTS if f"optimiser/{m}/{key}" in names}:
+                found[parameter] = moments
+        optimiser.restore(found)
 
 
 def clear(folder: Path) -> None:

@@ -109,7 +109,7 @@ class TRL:
         class Schedule(TrainerCallback):
             def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 warm = min(1.0, (updater.updates + 1) / max(1, optimiser.warmup_steps))
-                for part in updater.optimiser.param_groups:
+                for part in updater.optimiser.adam.param_groups:
                     part["lr"] = optimiser.learning_rate * warm
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -151,7 +151,7 @@ class TRL:
             train_dataset=self._dataset(self.collector.pool.prompts(0, 1)),
             processing_class=self.collector.policy.tokenizer,
             callbacks=[Schedule()],
-            optimizers=(updater.optimiser, None),
+            optimizers=(updater.optimiser.adam, None),
         )
         trainer.remove_callback(PrinterCallback)
         return trainer

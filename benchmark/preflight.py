@@ -14,6 +14,7 @@ from benchmark.checkpoint import KEPT
 from benchmark.config import RolloutConfig
 from benchmark.draws import Pool
 from benchmark.errors import InputError, RunError, StorageError
+from benchmark.optimiser import Optimiser
 from benchmark.rollouts import Rollouts
 from benchmark.verdict import Verdict
 from benchmark.verifier import Verifier, bare
@@ -21,9 +22,7 @@ from benchmark.verifier import Verifier, bare
 KNOWN = {"integer": ("42", "42"), "any": (r"\frac{1}{2}", "0.5")}
 
 
-def preflight(
-    backend: Backend, optimiser: torch.optim.Optimizer, pools: list[Pool], rollout: RolloutConfig, folder: Path
-) -> None:
+def preflight(backend: Backend, optimiser: Optimiser, pools: list[Pool], rollout: RolloutConfig, folder: Path) -> None:
     """Context, disk and memory: prompts fit the model, checkpoints fit the disk, the longest pass fits the memory.
 
     Nothing that a run computes changes.
@@ -78,17 +77,17 @@ def _check_disk(backend: Backend, folder: Path) -> None:
         raise StorageError(folder, what, "Free some space, or choose another folder")
 
 
-def _check_memory(backend: Backend, optimiser: torch.optim.Optimizer, prompt: Tensor, rollout: RolloutConfig) -> None:
+def _check_memory(backend: Backend, optimiser: Optimiser, prompt: Tensor, rollout: RolloutConfig) -> None:
     config = backend.config
     batch = _longest(prompt, rollout, config.tokens_per_pass)
     parameters = list(backend.policy.parameters().values())
     backend.rest()
     try:
         # What AdamW keeps comes with its first step, and has to fit beside the activations.
-        moments = [torch.empty_like(value) for value in parameters if not optimiser.state.get(value) for _ in range(2)]
+        moments = [torch.empty_like(value) for value in parameters if not optimiser.adam.state for _ in range(2)]
         piece = max(backend.split(batch), key=lambda piece: piece.cost).rollouts
         seen = backend.score(piece, rollout.temperature)
-        (seen.log_prob.mean() + seen.entropy.mean()).backward()  # type: ignore[no-untyped-call]
+        optimiser.rehearse(seen.log_prob.mean() + seen.entropy.mean())
         del moments
     except torch.OutOfMemoryError as error:
         raise RunError(
@@ -96,7 +95,7 @@ def _check_memory(backend: Backend, optimiser: torch.optim.Optimizer, prompt: Te
             "backend.tokens_per_pass, or set backend.gradient_checkpointing"
         ) from error
     finally:
-        optimiser.zero_grad(set_to_none=True)
+        optimiser.clear()
 
 
 def _longest(prompt: Tensor, rollout: RolloutConfig, tokens_per_pass: int) -> Rollouts:

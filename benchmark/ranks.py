@@ -4,7 +4,7 @@
 costs is divided: each samples and verifies for some of the prompts, and passes some pieces of an update batch, whose
 gradients are added up before the optimiser's step. Losses are normalised over the whole update batch, so the number of
 processes changes results by rounding only. The first process writes the record. Each holds all weights, or a part of
-them (`benchmark.sharding`).
+them (`benchmark.sharding`), and all moments, or a part (`benchmark.zero`).
 
 A process alone needs none of this: every function here then does nothing, or all of the work itself.
 """
@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmark import zero
 from benchmark.errors import InputError
 
 PATIENCE = timedelta(hours=3)
 """How long a process waits for the others: one may sample long answers while the rest are done."""
-OTHERS = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron"}
+MEGATRON = "ACCELERATE_USE_MEGATRON_LM"
 
 T = TypeVar("T")
 
@@ -33,14 +34,14 @@ def start() -> None:
     """Join the processes that were launched together, if there are several; does nothing the second time.
 
     Raises:
-        InputError: the launcher was told to divide the model in another way than FSDP's.
+        InputError: the launcher was told to divide the model in a way that the suite does not know.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
-    for name, what in OTHERS.items():
-        if os.environ.get(name, "false").lower() == "true":
-            remedy = "Launch with --use_fsdp, which divides weights, gradients and moments as ZeRO-3 does"
-            raise InputError(f"a run does not train through {what}", key=name, value="true", remedy=remedy)
+    if os.environ.get(MEGATRON, "false").lower() == "true":
+        remedy = "Launch with --use_fsdp, which divides weights, gradients and moments"
+        raise InputError("a run does not train through Megatron", key=MEGATRON, value="true", remedy=remedy)
+    zero.check()
     from accelerate import PartialState
 
     PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)

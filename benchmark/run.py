@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmark import backend, bundle, checkpoint, engine, machine, ranks, registry, sharding
+from benchmark import backend, bundle, checkpoint, engine, machine, optimiser, ranks, registry, sharding
 from benchmark.cells import Fence
 from benchmark.clock import Clock
 from benchmark.collect import Collector
@@ -44,7 +44,7 @@ from benchmark.source import code_of
 from benchmark.staleness import Past
 from benchmark.step_metrics import allocation_row, rollout_metrics
 from benchmark.trace import EvaluationTrace, Trace
-from benchmark.update import Updater, make_optimiser
+from benchmark.update import Updater
 from benchmark.verifier import Verifier
 from benchmark.warmup import ensure_policy
 
@@ -165,7 +165,7 @@ class Run:
         sharding.check(config, self.method)
         written, start = config.policy, ensure_policy(config)
         policy = Policy.load(start, device, backend=config.backend, template=written.template, lora=written.lora)
-        self.policy, self.optimiser = policy, make_optimiser(policy, config.optimiser)
+        self.policy, self.optimiser = policy, optimiser.make(policy, config.optimiser)
         self.backend = backend.make(policy, config.backend, start)
         train, held_out = load_task(config.task, out / "contamination.jsonl")
         self.data = {"train": digest(train), "evaluation": digest(held_out)}

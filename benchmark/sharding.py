@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from benchmark import zero
 from benchmark.config import RunConfig
 from benchmark.errors import InputError
 from benchmark.method import Method
@@ -34,11 +35,15 @@ def wanted() -> bool:
 
 
 def check(config: RunConfig, method: Method) -> None:
-    """Refuse what needs whole weights or whole gradients in one process, before anything is loaded.
+    """Refuse what needs whole weights, gradients or moments in one process, before anything is loaded.
 
     Raises:
-        InputError: the run cannot divide its weights.
+        InputError: the run cannot divide what the launcher asked for.
     """
+    if zero.wanted() and method.needs & {"head", "signal"}:
+        what = f"it reads {', '.join(sorted(method.needs))}, which takes whole gradients and moments in one process"
+        remedy = "Launch with --multi_gpu instead of --use_deepspeed"
+        raise InputError(what, key="method.name", value=config.method.name, remedy=remedy)
     if not wanted():
         return
     plain = "Launch with --multi_gpu instead of --use_fsdp"

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmark import ranks, sharding, streams
+from benchmark import ranks, streams
 from benchmark.averages import Averages, observe
 from benchmark.backend import Backend, Piece
 from benchmark.clock import Clock
@@ -22,22 +22,11 @@ from benchmark.ledger import Ledger, Prices
 from benchmark.losses import logit_losses, policy_loss, token_weights
 from benchmark.method import SIGNAL_DECAY, Method, Signal, TokenCredit, Tokens
 from benchmark.numerics import Checks, Minibatch, require, sound
-from benchmark.policy import Policy
+from benchmark.optimiser import Optimiser
 from benchmark.rollouts import Rollouts, ragged_index
 from benchmark.scoring import TokenStatistics, vocabulary_statistics
 from benchmark.staleness import Past
 from benchmark.trace import Trace
-
-
-def make_optimiser(policy: Policy, config: OptimiserConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters, one fused kernel."""
-    return torch.optim.AdamW(
-        policy.parameters().values(),
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,7 @@ class Updater:
 
     method: Method
     backend: Backend
-    optimiser: torch.optim.AdamW
+    optimiser: Optimiser
     config: OptimiserConfig
     temperature: float
     seed: int
@@ -159,7 +148,7 @@ class Updater:
         weights = token_weights(part, self.method.loss, batch.max_tokens, credit.mask)
         if batch.correction is not None:
             weights = weights * batch.correction
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.clear()
         total = torch.zeros((), device=part.tokens.device)
         scored: dict[int, Scored] = {}
         half: Tensor | None = None
@@ -167,15 +156,16 @@ class Updater:
             if number in mine:
                 pass_ = ready.pop(number) if fits else self._score(piece.rollouts)
                 loss = self._loss(pass_, part, piece.place, weights, credit, sampler)
+                last = number == mine[-1] and not self._lacks(pieces, len(mine))
                 with self.clock.phase("backward"):
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    self.optimiser.backward(loss, last=last)
                 total += loss.detach()
                 scored[number] = Scored(_detached(pass_))
             half = self._gradient() if isinstance(piece.place, slice) and piece.place.stop == middle else half
         self._keep_step(pieces, len(mine))
         whole = _join(_exchange(pieces, owners, scored), pieces)
         with self.clock.phase("backward"):
-            self._add_up(total, half)
+            self.optimiser.add_up([total] if half is None else [total, half])
         good = sound(whole, part.log_prob, credit.advantage, self.backend.policy.vocabulary)
         self._step(batch, good | {"loss": torch.isfinite(total)}, half, metrics)
         metrics.add("optim/loss", total)
@@ -197,7 +187,7 @@ class Updater:
     def _divide(self, pieces: list[Piece]) -> tuple[list[int], bool]:
         """The process of each piece, and whether every process can hold all of its own at a time."""
         costs = [piece.cost for piece in pieces]
-        if self.backend.divided:
+        if self.optimiser.lockstep:
             # In turns, so that those passed at the same time are of like size and no process has two more than another.
             return [number % ranks.size() for number in range(len(pieces))], len(pieces) == ranks.size()
         owners = ranks.owners(costs)
@@ -205,25 +195,16 @@ class Updater:
         fits = all(len(load) < 2 or sum(load) <= self.backend.config.tokens_per_pass for load in loads)
         return owners, fits and not (ranks.size() > 1 and self.method.needs & {"head", "rollout_head"})
 
+    def _lacks(self, pieces: list[Piece], passed: int) -> bool:
+        """Whether this process makes one pass less than others, where all have to make the same number."""
+        return self.optimiser.lockstep and passed * ranks.size() < len(pieces)
+
     def _keep_step(self, pieces: list[Piece], passed: int) -> None:
-        """Where layers are brought together for every pass, all processes make the same number: what lacks is empty."""
-        if self.backend.divided and passed * ranks.size() < len(pieces):
+        """Make the pass that lacks, an empty one."""
+        if self._lacks(pieces, passed):
             idle = self._score(pieces[-1].rollouts).statistics.log_prob.sum() * 0.0
             if idle.requires_grad:
-                idle.backward()  # type: ignore[no-untyped-call]
-
-    def _add_up(self, total: Tensor, half: Tensor | None) -> None:
-        """Loss and gradients of all processes in place of this one's."""
-        if ranks.size() == 1:
-            return
-        if self.backend.divided:  # its gradients are added up as they come
-            ranks.add([total])
-            return
-        for parameter in self.backend.policy.parameters().values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [parameter.grad for parameter in self.backend.policy.parameters().values()]
-        ranks.add([total, *([] if half is None else [half]), *(grad for grad in grads if grad is not None)])
+                self.optimiser.backward(idle, last=True)
 
     def _loss(
         self,
@@ -261,7 +242,8 @@ class Updater:
         owners = [ranks.rank()] * len(pieces) if everywhere else self._divide(pieces)[0]
         with torch.no_grad():
             own = {n: self._score(piece.rollouts) for n, piece in enumerate(pieces) if owners[n] == ranks.rank()}
-            self._keep_step(pieces, len(own))
+            if self.backend.divided:
+                self._keep_step(pieces, len(own))
         parts = list(own.values()) if everywhere else _exchange(pieces, owners, own)
         read = len(part.tokens) + int(part.prompt_length.sum())
         self.ledger.charge(step, "score", tokens_scored=len(part.tokens), flops=self.prices.forward(read))
@@ -301,7 +283,7 @@ class Updater:
             return None
         hidden = torch.cat([head.hidden.detach() for head in heads])
         parameter = self.backend.policy.model.get_output_embeddings().weight
-        step = partial(adam_step, self.optimiser, parameter, self._rate)
+        step = partial(adam_step, self.optimiser.adam, parameter, self._rate)
         return replace(heads[0].detach(), hidden=hidden, token=part.tokens, step=step)
 
     def _gradient(self) -> Tensor:
@@ -335,13 +317,9 @@ class Updater:
     def _step(self, batch: Minibatch, good: Checks, half: Tensor | None, metrics: Averages) -> None:
         factor = self._factor(batch, good, half, metrics)
         with self.clock.phase("optimiser"):
-            rate = self._rate * factor
-            for group in self.optimiser.param_groups:
-                group["lr"] = rate
-            parameters = self.backend.policy.parameters().values()
-            norm = sharding.whole(torch.nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip))
+            rate, norm = self._rate * factor, self.optimiser.clip()
             require(good | {"gradient norm": torch.isfinite(norm)}, batch)
-            self.optimiser.step()
+            self.optimiser.step(rate)
         self.updates += 1
         metrics.add("optim/gradient_norm", norm)
         metrics.add("optim/learning_rate", torch.tensor(rate))

@@ -1,7 +1,7 @@
 """Updates of one batch under several arms, by however many processes were launched; each writes what it ended with.
 
-``python ranks_driver.py BACKEND FOLDER ARM...``. Where the launcher asked for divided weights, the first also leaves a
-checkpoint of its last update.
+``python ranks_driver.py BACKEND FOLDER ARM...``. Where the launcher asked for divided weights or moments, they are lost
+between the two updates and come back from a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from benchmark import ranks, sharding
+from benchmark import optimiser, ranks, sharding, zero
 from benchmark.backend import make
 from benchmark.checkpoint import latest, load, save, tensors_of
 from benchmark.clock import Clock
@@ -23,11 +24,12 @@ from benchmark.config_model import BackendConfig
 from benchmark.draws import Batch
 from benchmark.groups import Groups
 from benchmark.ledger import Ledger, Prices
+from benchmark.optimiser import Optimiser
 from benchmark.policy import Policy, prepare_machine
 from benchmark.registry import build
 from benchmark.rollouts import Rollouts
 from benchmark.sharding import whole
-from benchmark.update import Updater, make_optimiser
+from benchmark.update import Updater
 from benchmark.warmup import new_policy
 
 POLICY = ArchitectureConfig(hidden_size=16, layers=2, heads=2, kv_heads=1, mlp=24)
@@ -60,11 +62,11 @@ def update(backend: str, arm: str, tokens_per_pass: int, folder: Path) -> None:
     if sharding.wanted():
         sharding.divide(policy.model)
     name = f"{arm}-{tokens_per_pass}-{ranks.rank()}"
-    optimiser = make_optimiser(policy, config)
+    adam = optimiser.make(policy, config)
     updater = Updater(
         method=build(arm, {}),
         backend=make(policy, BackendConfig.model_validate(settings)),
-        optimiser=optimiser,
+        optimiser=adam,
         config=config,
         temperature=1.0,
         seed=0,
@@ -74,39 +76,62 @@ def update(backend: str, arm: str, tokens_per_pass: int, folder: Path) -> None:
     )
     batch = make_batch()
     groups = Groups(batch.prompt, batch.prompts, REWARD, batch.length, ~batch.finished, 12)
-    metrics = updater.update(0, Batch(batch, groups))
-    grads = {f"gradient/{key}": whole(p.grad) for key, p in policy.parameters().items() if p.grad is not None}
-    save_file(
-        {key: whole(value.detach()) for key, value in policy.parameters().items()} | grads, folder / f"{name}.weights"
-    )
+    given = Batch(batch, groups)
+    metrics = updater.update(0, given)
+    found = {f"gradient/{key}": whole(p.grad) for key, p in policy.parameters().items() if p.grad is not None}
+    save_file(found | moments_of(policy, adam) | weights_of(policy), folder / f"{name}.weights")
     (folder / f"{name}.json").write_text(json.dumps(metrics))
+    if sharding.divided(policy.model) or zero.wanted():
+        held_in_part(policy, adam)
+        round_trip(policy, adam, folder / f"{arm}-{tokens_per_pass}-checkpoint")
+    updater.update(1, given)
+    save_file(weights_of(policy), folder / f"{name}.later")
+    if zero.wanted():  # whose norm is of its own making
+        adam.backward(adam.parameters[0].sum() * torch.nan, last=True)
+        assert not adam.clip().isfinite()
+
+
+def held_in_part(policy: Policy, adam: Optimiser) -> None:
+    """This process keeps about half of the moments, and of weights if they are divided."""
+    weights: list[Any] = list(policy.parameters().values())
+    everything = sum(value.numel() for value in weights)
+    kept: list[Any] = [state["exp_avg"] for state in adam.adam.state.values()]
+    moments = sum((value.to_local() if sharding.divided(policy.model) else value).numel() for value in kept)
+    assert 0.4 * everything < moments <= 0.51 * everything
     if sharding.divided(policy.model):
-        weights: list[Any] = list(policy.parameters().values())
-        held = sum(value.to_local().numel() for value in weights)
-        assert held == sum(optimiser.state[value]["exp_avg"].to_local().numel() for value in weights)
-        assert held <= 0.51 * sum(value.numel() for value in weights)
-        round_trip(policy, optimiser, folder / f"{arm}-{tokens_per_pass}-checkpoint")
+        assert sum(value.to_local().numel() for value in weights) == moments
 
 
-def round_trip(policy: Policy, optimiser: torch.optim.AdamW, folder: Path) -> None:
+def weights_of(policy: Policy) -> dict[str, Tensor]:
+    """Every weight, whole, in memory of its own."""
+    return {key: whole(value.detach()).clone() for key, value in policy.parameters().items()}
+
+
+def moments_of(policy: Policy, adam: Optimiser) -> dict[str, Tensor]:
+    """Every moment of every weight, whole, as the first process has them."""
+    return {
+        f"{moment}/{key}": value.clone()
+        for key, parameter in policy.parameters().items()
+        for moment, value in adam.moments(parameter).items()
+    }
+
+
+def round_trip(policy: Policy, adam: Optimiser, folder: Path) -> None:
     """A checkpoint of divided weights and moments; they are lost and come back."""
-    kept = {key: whole(value.detach()) for key, value in policy.parameters().items()}
-    moments = {key: whole(optimiser.state[value]["exp_avg_sq"]) for key, value in policy.parameters().items()}
-    tensors = tensors_of(policy, optimiser)
+    kept, moments, tensors = weights_of(policy), moments_of(policy, adam), tensors_of(policy, adam)
     if ranks.rank() == 0:
         save(folder, tensors, {}, {"step": 0, "points": 0})
     ranks.agree(None)
-    optimiser.state.clear()
     with torch.no_grad():
-        for parameter in policy.parameters().values():
-            parameter.zero_()
+        for value in [*policy.parameters().values(), *(v for s in adam.adam.state.values() for v in s.values())]:
+            value.zero_()
+    assert all(not value.any() for value in moments_of(policy, adam).values())
     found = latest(folder)
     assert found is not None
-    load(found[0], policy, optimiser)
-    for key, parameter in policy.parameters().items():
-        assert torch.equal(whole(parameter.detach()), kept[key]), key
-        assert torch.equal(whole(optimiser.state[parameter]["exp_avg_sq"]), moments[key]), key
-    optimiser.step()  # moments are divided as the weights are
+    load(found[0], policy, adam)
+    again = weights_of(policy) | moments_of(policy, adam)
+    assert again.keys() == (kept | moments).keys()
+    assert all(torch.equal(again[name], value) for name, value in (kept | moments).items())
     ranks.agree(None)
 
 

@@ -16,7 +16,7 @@ import transformers
 from pydantic import ValidationError
 from torch import Tensor
 
-from benchmark import ranks
+from benchmark import optimiser, ranks
 from benchmark.backend import Backend, NativeBackend, Piece, Request, by_length, by_prompts, by_rollouts, make
 from benchmark.backend_transformers import TransformersBackend
 from benchmark.backend_vllm import merged
@@ -30,7 +30,7 @@ from benchmark.ledger import Ledger, Prices
 from benchmark.policy import Policy
 from benchmark.registry import build
 from benchmark.rollouts import ragged_index
-from benchmark.update import Updater, make_optimiser
+from benchmark.update import Updater
 from benchmark.vllm_server import command
 from benchmark.vocabulary import build_tokenizer
 
@@ -331,7 +331,7 @@ def test_updates_start_from_the_trainers_log_probabilities_and_correct_for_the_s
         updater = Updater(
             build("grpo", {"loss": {"clip": False, "aggregation": "constant_length"}}),
             backend,
-            make_optimiser(policy, config),
+            optimiser.make(policy, config),
             config,
             1.0,
             0,

@@ -16,6 +16,7 @@ from baselines.grpo import GRPO
 from baselines.lco import LCO
 from baselines.oblr_po import OBLRPO
 from benchmark import head as head_module
+from benchmark import optimiser
 from benchmark.backend import NativeBackend
 from benchmark.clock import Clock
 from benchmark.config import ArchitectureConfig, OptimiserConfig
@@ -32,7 +33,7 @@ from benchmark.policy import Policy
 from benchmark.registry import build
 from benchmark.rollouts import Rollouts
 from benchmark.scoring import score
-from benchmark.update import Updater, make_optimiser
+from benchmark.update import Updater
 from benchmark.warmup import new_policy
 
 POLICY = ArchitectureConfig(hidden_size=16, layers=2, heads=2, kv_heads=1, mlp=24)
@@ -355,7 +356,7 @@ def update(folder: Path, method: Method, limit: int = 65_536, parts: int = 1, ga
     updater = Updater(
         method=method,
         backend=NativeBackend(policy, BackendConfig(tokens_per_pass=limit)),
-        optimiser=make_optimiser(policy, config),
+        optimiser=optimiser.make(policy, config),
         config=config,
         temperature=1.0,
         seed=0,

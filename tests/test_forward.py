@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from benchmark import optimiser
 from benchmark.backend import NativeBackend
 from benchmark.clock import Clock
 from benchmark.config import ArchitectureConfig, OptimiserConfig
@@ -25,7 +26,7 @@ from benchmark.registry import build
 from benchmark.rollouts import Rollouts
 from benchmark.scoring import score
 from benchmark.transformer import Shape, fuse
-from benchmark.update import Updater, make_optimiser
+from benchmark.update import Updater
 from benchmark.warmup import new_policy
 
 VOCABULARY = 23
@@ -192,7 +193,7 @@ def updated(tmp_path: Path, arm: str, tokens_per_pass: int, batch: Rollouts, rew
     updater = Updater(
         build(arm, {}),
         NativeBackend(policy, BackendConfig(tokens_per_pass=tokens_per_pass)),
-        make_optimiser(policy, config),
+        optimiser.make(policy, config),
         config,
         1.0,
         0,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from baselines.grpo import GRPO
+from benchmark import optimiser
 from benchmark.averages import Averages
 from benchmark.backend import NativeBackend
 from benchmark.clock import Clock
@@ -24,7 +25,7 @@ from benchmark.method import Method, TokenCredit, Tokens
 from benchmark.registry import build
 from benchmark.rollouts import Rollouts
 from benchmark.scoring import score
-from benchmark.update import Updater, make_optimiser
+from benchmark.update import Updater
 from benchmark.warmup import new_policy
 
 POLICY = ArchitectureConfig(hidden_size=16, layers=2, heads=2, kv_heads=1, mlp=24)
@@ -65,7 +66,7 @@ def update(folder: Path, method: Method, tokens_per_pass: int, reward: Tensor = 
     updater = Updater(
         method=method,
         backend=NativeBackend(policy, BackendConfig(tokens_per_pass=tokens_per_pass)),
-        optimiser=make_optimiser(policy, config),
+        optimiser=optimiser.make(policy, config),
         config=config,
         temperature=1.0,
         seed=0,
