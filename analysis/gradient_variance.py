@@ -115,7 +115,8 @@ def ratio_interval(gram: Floats, reference: Floats, resamples: int = 2000, seed:
         spread: Floats = draws @ np.diag(g) - np.einsum("br,br->b", draws @ g, draws) / replicates
         return spread
 
-    ratios = traces(gram) / traces(reference)
+    with np.errstate(invalid="ignore"):  # 0 / 0 ends as an interval that is not a number
+        ratios = traces(gram) / traces(reference)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return trace_and_square(gram)[0] / trace_and_square(reference)[0], float(low), float(high)
 

@@ -58,6 +58,11 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
     assert f"--port = {port}" in result.output
 
 
+def _heed_interrupts() -> None:
+    """Started in a shell's background, tests ignore Ctrl-C, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A study of three arms and three seeds and a journal of Optuna, served by the command as a user starts it."""
@@ -72,7 +77,12 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
     port, optuna_port = free_ports()
     command = [sys.executable, "-m", "benchmark.cli_dashboard", "--port", str(port), "--optuna-port", str(optuna_port)]
     server = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=_heed_interrupts,
     )
     assert server.stdout is not None
     found = {"store": f"sqlite:///{folder}/mlflow.db"}

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "device_check.py"
-ALLOWED = {"analysis", "baselines", "benchmark", "methods", "numpy", "torch", "transformers"}
+PACKAGES = ("analysis", "baselines", "benchmark", "methods")
+ALLOWED = {*PACKAGES, "numpy", "torch", "transformers"}
+# An environment may lie in the checkout as well: only these folders are the suite's.
+OWN = tuple(f"{SCRIPT.parent.parent / name}{os.sep}" for name in (*PACKAGES, SCRIPT.parent.name))
 # Whatever the suite's own files import beyond the standard library and these is not there; transformers may find it.
 ALONE = f"""
 import importlib.util, runpy, sys
@@ -21,7 +24,7 @@ class Missing:
         frame = sys._getframe(1)
         while "importlib" in frame.f_code.co_filename:
             frame = frame.f_back
-        if frame.f_code.co_filename.startswith({str(SCRIPT.parent.parent)!r}) and name.split(".")[0] not in known:
+        if frame.f_code.co_filename.startswith({OWN!r}) and name.split(".")[0] not in known:
             raise ModuleNotFoundError(name)
 
 found = importlib.util.find_spec
