@@ -71,9 +71,8 @@ def stock_trl(config: RunConfig, steps: int) -> Steps:
     """`steps` generation batches of TRL's GRPOTrainer after one that is not counted."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
-    rollout, optimiser = config.rollout, config.optimiser
     policy = Policy.load(ensure_policy(config), prepare_machine())
     items: list[Item] = load_task(config.task)[0]
     found, tokens = Steps(), [0]
@@ -85,7 +84,7 @@ def stock_trl(config: RunConfig, steps: int) -> Steps:
 
     class Timer(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step % optimiser.minibatches_per_batch == 0:
+            if state.global_step % config.optimiser.minibatches_per_batch == 0:
                 found.seconds.append(time.process_time() - self.mark)
                 found.tokens.append(max(1, tokens[0] - self.seen))
                 self.mark, self.seen = time.process_time(), tokens[0]
@@ -93,34 +92,12 @@ def stock_trl(config: RunConfig, steps: int) -> Steps:
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.mark, self.seen = time.process_time(), 0
 
-    batch = rollout.prompts_per_batch * rollout.rollouts_per_prompt
     with tempfile.TemporaryDirectory() as folder:
-        arguments = GRPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=batch // optimiser.minibatches_per_batch,
-            gradient_accumulation_steps=1,
-            steps_per_generation=optimiser.minibatches_per_batch,
-            num_generations=rollout.rollouts_per_prompt,
-            max_completion_length=rollout.max_tokens,
-            max_steps=(steps + 1) * optimiser.minibatches_per_batch,
-            learning_rate=optimiser.learning_rate,
-            lr_scheduler_type="constant",
-            beta=0.0,
-            loss_type="dapo",
-            temperature=rollout.temperature,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
         rows = [{"prompt": item.prompt, "answer": item.answer} for item in items]
         trainer = GRPOTrainer(
             model=policy.model,
             reward_funcs=correct,
-            args=arguments,
+            args=trl_settings(config, steps, folder),
             train_dataset=Dataset.from_list(rows),
             processing_class=policy.tokenizer,
             callbacks=[Timer()],
@@ -129,6 +106,35 @@ def stock_trl(config: RunConfig, steps: int) -> Steps:
             trainer.train()
     found.seconds, found.tokens = found.seconds[1:], found.tokens[1:]
     return found
+
+
+def trl_settings(config: RunConfig, steps: int, folder: str) -> Any:
+    """The run's settings in TRL's words, for `steps` batches and one before them."""
+    from trl import GRPOConfig
+
+    rollout, optimiser = config.rollout, config.optimiser
+    batch = rollout.prompts_per_batch * rollout.rollouts_per_prompt
+    return GRPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=batch // optimiser.minibatches_per_batch,
+        gradient_accumulation_steps=1,
+        steps_per_generation=optimiser.minibatches_per_batch,
+        num_generations=rollout.rollouts_per_prompt,
+        max_completion_length=rollout.max_tokens,
+        max_steps=(steps + 1) * optimiser.minibatches_per_batch,
+        learning_rate=optimiser.learning_rate,
+        lr_scheduler_type="constant",
+        beta=0.0,
+        loss_type="dapo",
+        temperature=rollout.temperature,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
 
 
 def matrix_rate(config: RunConfig, rows: int) -> float:

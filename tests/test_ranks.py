@@ -40,7 +40,7 @@ ASKED = {
 BACKENDS = {
     "whole": ("native", ARMS),
     "divided": ("transformers", ["grpo", "entropy_loss", "dynamo", "kl_cov"]),
-    "zero 1": ("transformers", ["grpo", "dynamo"]),
+    "zero 1": ("transformers", ["grpo", "entropy_loss", "kl_cov"]),
     "zero 2": ("native", ["grpo", "entropy_loss", "dynamo", "kl_cov", "dppo_kl"]),
 }
 """The backend and the arms that are compared."""
@@ -147,23 +147,24 @@ def test_two_processes_make_the_loss_gradients_and_weights_of_one(tmp_path: Path
         for limit in (65_536, 16):
             one, first, second = alone / f"{arm}-{limit}-0", shared / f"{arm}-{limit}-0", shared / f"{arm}-{limit}-1"
             metrics = json.loads(one.with_suffix(".json").read_text())
-            assert json.loads(first.with_suffix(".json").read_text()) == pytest.approx(metrics, rel=5e-5, abs=1e-6)
+            assert json.loads(first.with_suffix(".json").read_text()) == pytest.approx(metrics, rel=1e-5, abs=1e-6)
             expected, mine, theirs = (load_file(path.with_suffix(".weights")) for path in (one, first, second))
             # DeepSpeed has forgotten the gradient; the first moment is linear in it.
-            kinds = ["exp_avg/", "exp_avg_sq/", *([] if how.startswith("zero") else ["gradient/"])]
-            for kind in kinds:
-                close_by_norm(mine, {name: value for name, value in expected.items() if name.startswith(kind)})
+            kinds = {"exp_avg/": 1e-4, "exp_avg_sq/": 1e-7} | ({} if how.startswith("zero") else {"gradient/": 1e-3})
+            for kind, least in kinds.items():
+                close_by_norm(mine, {name: value for name, value in expected.items() if name.startswith(kind)}, least)
             assert {float(value) for name, value in mine.items() if name.startswith("step/")} == {2.0}
             weights = [name for name in expected if "/" not in name]
-            assert all(torch.equal(mine[name], theirs[name]) for name in weights), arm
+            shared_by_all = [*weights, *(name for name in mine if name.startswith("gradient/"))]
+            assert all(torch.equal(mine[name], theirs[name]) for name in shared_by_all), arm
             close_where_gradients_are(mine, {name: expected[name] for name in weights})
             close_where_gradients_are(load_file(first.with_suffix(".later")), load_file(one.with_suffix(".later")))
 
 
-def close_by_norm(mine: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Each tensor differs by less than 1e-5 of the norm of all."""
+def close_by_norm(mine: dict[str, Tensor], expected: dict[str, Tensor], least: float) -> None:
+    """Each tensor differs by less than 1e-5 of the norm of all, which is above `least`."""
     norm = torch.stack([value.norm() for value in expected.values()]).norm()
-    assert float(norm) > 1e-6
+    assert float(norm) > least
     for name, value in expected.items():
         assert float((mine[name] - value).norm() / norm) < 1e-5, name
 
