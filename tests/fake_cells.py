@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from benchmark.cells import Fence
+from benchmark.cells import Fence, claim
 from benchmark.config import RunConfig
 from benchmark.jsonl import append_rows, atomic_write_json, atomic_write_text
 from benchmark.layers import dump
@@ -102,10 +103,11 @@ def deaf(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence
 
 def robbed(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:
     """Another process takes the cell over in the middle of the run and finishes it."""
-    (out / "lease" / "7").touch()
+    heir = claim(out, stale_after=-math.inf)
+    assert heir is not None
     progress(config, out, 0.5)
     try:
         should_stop()
     finally:
-        (out / "lease" / "7").rename(out / "lease" / "7.released")
         finish(config, out, should_stop=should_stop)
+        heir.release()
