@@ -42,10 +42,12 @@ class Steps:
 
     @property
     def per_step(self) -> float:
+        """Median CPU seconds of a step."""
         return statistics.median(self.seconds)
 
     @property
     def per_thousand(self) -> float:
+        """Median CPU seconds of a step per thousand tokens it generated."""
         return statistics.median(1000 * s / t for s, t in zip(self.seconds, self.tokens, strict=True))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "device_check.py"
 PACKAGES = ("analysis", "baselines", "benchmark", "methods")
-ALLOWED = {*PACKAGES, "numpy", "torch", "transformers"}
+ALLOWED = {*PACKAGES, "device_loop", "device_rates", "numpy", "torch", "transformers"}
 # An environment may lie in the checkout as well: only these folders are the suite's.
 OWN = tuple(f"{SCRIPT.parent.parent / name}{os.sep}" for name in (*PACKAGES, SCRIPT.parent.name))
 # Whatever the suite's own files import beyond the standard library and these is not there; transformers may find it.

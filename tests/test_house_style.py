@@ -13,11 +13,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("benchmark", "baselines", "methods", "analysis")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-TESTS = sorted((ROOT / "tests").rglob("*.py"))
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 BOOKS = sorted((ROOT / "analysis").rglob("*.ipynb"))
 TEXTS = sorted(
     path
-    for folder in (*PACKAGES, "configs", "constraints", "docs", "tests", ".ci", ".")
+    for folder in (*PACKAGES, "benchmarks", "configs", "constraints", "docs", "tests", ".ci", ".")
     for path in ((ROOT / folder).glob("*") if folder == "." else (ROOT / folder).rglob("*"))
     if path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".cff", ".ipynb", ".sh"} or path.name == "run"
     if path.is_file()
@@ -74,7 +74,7 @@ def test_there_is_something_to_check() -> None:
     assert len(MODULES) > 20
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=name_of)
 def test_module_and_functions_are_short(path: Path) -> None:
     limit = 120 if path.parent.name in ("baselines", "methods") else 400
     assert lines_of(path) <= limit, f"{name_of(path)} is longer than {limit} lines"
@@ -82,7 +82,7 @@ def test_module_and_functions_are_short(path: Path) -> None:
     assert {name: lines for name, lines in long.items() if lines > 60} == {}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=name_of)
 def test_everything_public_says_what_it_does(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert tree.body == [] or ast.get_docstring(tree), "the module has no docstring"
