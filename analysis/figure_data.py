@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,13 @@ def learning_curve(scores: Scores, arm: str) -> Band:
         for cost, seed in zip(costs, seeds, strict=True)
     ]
     return band(grid, np.stack(runs))
+
+
+def gap_over_tries(scores: Scores, arm: str, tries: Sequence[int]) -> Band:
+    """Final pass@k of an arm minus the reference's over the numbers of tries k: mean over families, paired by seed."""
+    pair, weights = (arm, scores.study.reference), family_weights(scores.families)
+    runs = np.stack([scores.paired(pair, f"pass_at_{k}") @ weights for k in tries], axis=1)
+    return band(np.array(tries, dtype=float), runs)
 
 
 def step_curve(study: Study, arm: str, key: str) -> Band | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.comparisons import Scores
 from analysis.formatting import currency_name, metric_name
-from analysis.plotting import COLUMNS, save, theme
+from analysis.plotting import COLUMNS, CROWDED, save, theme
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,7 +147,10 @@ def _captions(scores: Scores) -> dict[str, str]:
         "learning_curves": f"pass@1 over training spend in {cost}; {spread}; {reference} in grey behind each arm.",
         "pareto": f"Final {metric} over what a run cost in currencies other than the budget's; bars are 95 % intervals "
         "over seeds, the line is the Pareto front.",
-        "pass_at_k": f"Final pass@k over the number of tries k, and its difference to {reference}.",
+        "pass_at_k": f"Final pass@k over the number of tries k, and its difference to {reference}."
+        if len(study.arms) <= CROWDED
+        else f"Difference of final pass@k to {reference} over the number of tries k; {spread}; numbers in an arm's "
+        "colour: that panel has a scale of its own.",
         "performance_profiles": "Share of runs and problems whose final pass@1 is at least as high as the value below, "
         f"families weighted equally, and its difference to {reference}.",
         "entropy_and_gradient_norm": f"Policy entropy and gradient norm over training spend in {cost}, mean "

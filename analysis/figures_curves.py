@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,7 @@ from analysis.comparisons import Scores
 from analysis.figure_data import (
     Band,
     dynamic_arms,
+    gap_over_tries,
     learning_curve,
     rollout_shares,
     step_curve,
@@ -32,13 +33,14 @@ from analysis.plotting import (
     panels,
     percent,
 )
-from analysis.statistics import Floats, family_weights
+from analysis.statistics import family_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _COLUMNS = 4
+FAR_OUT = 4.0  # times the usual arm's largest difference to the reference: beyond it an arm has its own scale
 OPTIMISATION = (("policy/entropy_nats", "entropy, nats"), ("optim/gradient_norm", "gradient norm"))
 
 
@@ -161,7 +163,7 @@ def pass_at_k(scores: Scores) -> Figure | None:
     }
     base = curves.get(study.reference)
     if base is not None and len(curves) > CROWDED:
-        return _differences_over_tries(scores, tries, {arm: curve - base for arm, curve in curves.items()})
+        return _differences_over_tries(scores, tries)
     figure, axes = beside(1 if base is None else 2, 2.2 if narrow() else 3.3)
     for arm, curve in curves.items():
         strong = arm in (study.reference, "dynamo")
@@ -177,15 +179,33 @@ def pass_at_k(scores: Scores) -> Figure | None:
     return figure
 
 
-def _differences_over_tries(scores: Scores, tries: Sequence[int], gaps: Mapping[str, Floats]) -> Figure:
+def _differences_over_tries(scores: Scores, tries: Sequence[int]) -> Figure:
+    """Difference to the reference over k, mean and interval over seeds, a panel an arm.
+
+    One scale for all but the arms that would flatten the others; those have a scale of their own, in their colour.
+    """
     looks, reference = styles(scores.study.plan["arms"]), scores.study.reference
-    shown = [arm for arm in gaps if arm != reference]
-    figure, axes = panels(len(shown), _COLUMNS, height=1.0 if narrow() else 1.2)
-    for axis, arm in zip(axes, shown, strict=True):
+    arms = [arm for arm in scores.study.arms if arm != reference and scores.seeds(arm, reference)]
+    gaps = {arm: gap_over_tries(scores, arm, tries) for arm in arms}
+    reach = {arm: float(np.abs(gap.runs).max()) for arm, gap in gaps.items()}
+    usual = [arm for arm in gaps if reach[arm] <= FAR_OUT * np.median(list(reach.values()))]
+    figure, axes = panels(len(gaps), _COLUMNS, height=1.0 if narrow() else 1.2, share_y=False)
+    labelled = set()
+    for axis, (arm, gap) in zip(axes, gaps.items(), strict=True):
         axis.axhline(0.0, color=REFERENCE_GREY, linewidth=1.2, zorder=2)
-        axis.plot(tries, gaps[arm], color=looks[arm].colour, marker=looks[arm].marker, markersize=3, zorder=3)
+        _draw(axis, gap, Style(looks[arm].colour, looks[arm].marker, (0, ())))
+        axis.plot(tries, gap.mean, color=looks[arm].colour, marker=looks[arm].marker, markersize=3, zorder=4)
         arm_title(axis, arm, looks[arm].colour)
-    _tries(axes[0], tries)
+        _limits(axis, [gaps[other] for other in usual] if arm in usual else [gap])
+        _tries(axis, tries)
+        place = axis.get_subplotspec()
+        row = 0 if place is None else place.rowspan.start
+        if arm not in usual:
+            axis.tick_params(axis="y", labelcolor=looks[arm].colour)
+        elif row in labelled:
+            axis.tick_params(axis="y", labelleft=False)
+        else:
+            labelled.add(row)
     label_below(figure, "tries, k")
     figure.supylabel(f"{metric_name('pass_at_k')} minus {reference}, points", fontsize=8.5)
     return figure

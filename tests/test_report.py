@@ -19,8 +19,17 @@ import pytest
 
 from analysis import plotting
 from analysis.comparisons import Scores
-from analysis.figure_data import band, dynamic_arms, learning_curve, phase_seconds, rollout_shares, step_curve
+from analysis.figure_data import (
+    band,
+    dynamic_arms,
+    gap_over_tries,
+    learning_curve,
+    phase_seconds,
+    rollout_shares,
+    step_curve,
+)
 from analysis.figures import ORDER, write_figures
+from analysis.figures_curves import pass_at_k
 from analysis.figures_forest import differences, final_accuracy
 from analysis.palette import ARMS, SPARE, styles
 from analysis.report import write_report
@@ -243,6 +252,35 @@ def test_learning_curves_are_means_over_seeds_on_the_budget(study: Path) -> None
     np.testing.assert_allclose(curve.runs[:, -1], means)
     np.testing.assert_allclose(curve.mean, curve.runs.mean(axis=0))
     assert np.all((curve.low <= curve.mean) & (curve.mean <= curve.high))
+
+
+def test_of_many_arms_those_that_would_flatten_the_others_have_a_scale_of_their_own(
+    made: ModuleType, tmp_path: Path
+) -> None:
+    far = ("behind_by_far", "ahead_by_far")
+    usual = [f"arm_{i}" for i in range(plotting.CROWDED)]
+    effects = {"grpo": 0.0, far[0]: -0.6, **dict.fromkeys(usual, 0.01), far[1]: 0.6}
+    scores = Scores(load_study(made.make_study(tmp_path / "many", recipe(made, arms=effects, samples=8))))
+    with plotting.theme():
+        figure = pass_at_k(scores)
+        assert figure is not None
+        panels = {axis.get_title(loc="left"): axis for axis in figure.axes if axis.get_visible()}
+    assert set(panels) == {*usual, *far}
+    assert len({panels[arm].get_ylim() for arm in usual}) == 1
+    assert len({panels[arm].get_ylim() for arm in (usual[0], *far)}) == 3
+    for arm, axis in panels.items():
+        gap = gap_over_tries(scores, arm, (1, 2, 4, 8))
+        assert axis.get_ylim()[0] < gap.runs.min() < gap.runs.max() < axis.get_ylim()[1]
+        at_one = np.mean(list(final_means(tmp_path / "many", arm).values()))
+        base = np.mean(list(final_means(tmp_path / "many", "grpo").values()))
+        assert gap.mean[0] == pytest.approx(at_one - base)
+    # The scale of a row can be read off: its first panel with the common scale has numbers.
+    rows = {}
+    for arm in usual:
+        place = panels[arm].get_subplotspec()
+        assert place is not None
+        rows.setdefault(place.rowspan.start, panels[arm])
+    assert all(axis.yaxis.get_tick_params()["labelleft"] for axis in (*rows.values(), *(panels[arm] for arm in far)))
 
 
 def test_two_runs_have_no_band() -> None:
