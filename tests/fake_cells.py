@@ -99,6 +99,7 @@ def deaf(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence
     (out / "helper").write_text(str(helper.pid))
     progress(config, out, 0.25)
     time.sleep(60)
+    (out / "woken").touch()
 
 
 def robbed(config: RunConfig, out: Path, *, should_stop: Callable[[], bool], fence: Fence = nullcontext) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -89,15 +88,13 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
     assert f"  rolloutbench {command}" in result.stdout
 
 
-def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from benchmark.cli import app; app(['--help'], standalone_mode=False); "
         "print([m for m in ('torch', 'mlflow', 'transformers', 'numpy', 'pydantic') if m in sys.modules])"
     )
-    start = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
-    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -172,31 +171,33 @@ def test_mathematical_equality(verifier: Verifier, gold: str, answer: str, verdi
 
 
 @pytest.mark.parametrize("form", ["any", "integer"])
-def test_ten_thousand_integers_take_a_fraction_of_a_second(form: AnswerForm) -> None:
+def test_integers_are_compared_without_a_child_process(form: AnswerForm) -> None:
     golds = [str(value) for value in range(-5000, 5000)]
     texts = [f"1+2=3 3+4=7 {box(str(abs(value)))}" for value in range(-5000, 5000)]
-    seconds = []
     with Verifier(answer_form=form) as made:
-        for _ in range(5):
-            begin = time.perf_counter()
-            verdicts = made.verify_rollouts(golds, texts, [True] * len(golds))
-            seconds.append(time.perf_counter() - begin)
+        verdicts = made.verify_rollouts(golds, texts, [True] * len(golds))
+        assert made._pool._workers == []
     assert verdicts == [Verdict.WRONG] * 5000 + [Verdict.CORRECT] * 5000
-    assert min(seconds) < 0.2
 
 
-def test_order_is_kept_and_equal_pairs_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Pairs that math-verify was asked for, in order."""
+    pairs: list[tuple[str, str]] = []
+    compare = verifier_pool.WorkerPool.compare
+
+    def spy(self: verifier_pool.WorkerPool, new: Sequence[tuple[str, str]]) -> list[Verdict]:
+        pairs.extend(new)
+        return compare(self, new)
+
+    monkeypatch.setattr(verifier_pool.WorkerPool, "compare", spy)
+    return pairs
+
+
+def test_order_is_kept_and_equal_pairs_are_asked_once(asked: list[tuple[str, str]]) -> None:
     pairs = [("1/2", box("0.5")), ("3", box("3")), ("1/2", box("2/3")), ("x", "none")] * 20
     correct, wrong = Verdict.CORRECT, Verdict.WRONG
     with Verifier(workers=2, timeout_s=10.0) as made:
-        asked: list[tuple[str, str]] = []
-        compare = made._pool.compare
-
-        def spy(new: Sequence[tuple[str, str]]) -> list[Verdict]:
-            asked.extend(new)
-            return compare(new)
-
-        monkeypatch.setattr(made._pool, "compare", spy)
         assert made.verify(pairs) == [correct, correct, wrong, Verdict.NO_ANSWER] * 20
         assert made.verify(pairs[:4]) == [correct, correct, wrong, Verdict.NO_ANSWER]
     assert asked == [("1/2", "0.5"), ("1/2", "2/3")]
@@ -225,19 +226,14 @@ def test_braces_of_a_set_do_not_make_a_gold_unusable(verifier: Verifier) -> None
 NEVER = r"9^{9^{9^{9^{9}}}}"  # keeps math-verify busy for ever
 
 
-def test_an_answer_that_never_ends_costs_only_itself() -> None:
-    pairs = [("1/2", box("0.5")), ("1/2", box(NEVER)), ("1/2", box("2/4")), ("1/2", box("1/3"))]
+def test_an_answer_that_never_ends_costs_only_itself_and_only_once(asked: list[tuple[str, str]]) -> None:
+    answers = ["0.5", NEVER, "2/4", "1/3"]
+    pairs = [("1/2", box(answer)) for answer in answers]
+    expected = [Verdict.CORRECT, Verdict.TIMEOUT, Verdict.CORRECT, Verdict.WRONG]
     with Verifier(timeout_s=1.0) as made:
-        made.verify(pairs[:1])
-        begin = time.monotonic()
-        verdicts = made.verify(pairs)
-        first = time.monotonic() - begin
-        begin = time.monotonic()
-        made.verify(pairs * 50)
-        again = time.monotonic() - begin
-    assert verdicts == [Verdict.CORRECT, Verdict.TIMEOUT, Verdict.CORRECT, Verdict.WRONG]
-    assert first >= 1.0
-    assert again < 0.5, "a known timeout is not waited for again"
+        assert made.verify(pairs) == expected
+        assert made.verify(pairs * 50) == expected * 50
+    assert asked == [("1/2", answer) for answer in answers]
 
 
 @pytest.mark.parametrize(
@@ -286,21 +282,17 @@ def test_odd_answers_are_merely_wrong(verifier: Verifier, answer: str, tmp_path:
     ],
     ids=range(8),
 )
-def test_megabytes_are_read_in_linear_time(text: str) -> None:
-    begin = time.monotonic()
+def test_megabytes_are_read(text: str) -> None:
     with Verifier(answer_form="integer") as strict:
         assert strict.verify([("7", text)])[0] in (Verdict.NO_ANSWER, Verdict.WRONG)
         assert strict.verify([("7", text + box("7"))])[0] is Verdict.CORRECT or "{{{" in text
-    assert time.monotonic() - begin < 5.0
 
 
 def test_deep_nesting_ends(verifier: Verifier) -> None:
     deep = ["{" * 500 + "2" + "}" * 500, "(" * 300 + "x" + ")" * 300, r"\frac{1}{" * 100 + "3" + "}" * 100]
     with Verifier(timeout_s=0.5) as made:
-        begin = time.monotonic()
         verdicts = made.verify([("1/2", box(answer)) for answer in deep])
     assert Verdict.CORRECT not in verdicts
-    assert time.monotonic() - begin < 20.0
 
 
 # --- the child processes --------------------------------------------------------------------------------------
@@ -339,11 +331,9 @@ def test_a_child_that_stops_reading_costs_one_answer() -> None:
             made.verify([("1/2", box("0.5"))])
             assert made.verify([("x", box("x"))]) == [Verdict.CORRECT]
             child(made).send_signal(signal.SIGSTOP)
-            begin = time.monotonic()
             verdicts = made.verify([(text, box(text)), ("1/2", box("2/4"))])
             made._known.clear()
             assert verdicts == [Verdict.TIMEOUT, Verdict.CORRECT]
-            assert time.monotonic() - begin < 30.0
 
 
 def test_the_memory_of_a_child_is_limited() -> None:
