@@ -117,7 +117,7 @@ def run_cell(
 
 
 def measure_unit_prices(config: RunConfig) -> dict[str, float]:
-    """Price of a unit of budget on this machine, from two training steps and one small evaluation.
+    """Price of a unit of budget here, from two training steps (or all that it pays for) and one small evaluation.
 
     Returns:
         Amounts per unit of the budget's currency: every countable currency, and ``wall_seconds`` of one worker
@@ -126,8 +126,8 @@ def measure_unit_prices(config: RunConfig) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(config, Path(folder), lambda _: None)
         with run.verifier, contextlib.closing(run.backend):
-            run.step_once()
-            run.step_once()
+            while run.step < 2 and run.collector.remaining > 0:
+                run.step_once()
             training = sum(run.seconds.values())
             with run.clock.phase("evaluate"):
                 run.evaluator.evaluate(1)
