@@ -90,7 +90,9 @@ def histories(seed: int) -> Iterator[tuple[HistoryView, int]]:
         chance = rng.beta(0.4, 0.4, prompts).round(1)
         for _ in range(3):
             trials = rng.integers(0, 12, prompts)
-            memory.record(range(prompts), rng.binomial(trials, chance).astype(float), trials.astype(float))
+            correct = rng.binomial(trials, chance).astype(float)
+            memory.record(range(prompts), correct, trials.astype(float))
+            memory.record_step(correct[trials > 0], trials[trials > 0].astype(float))
         yield memory.view(range(prompts)), prompts * group
         for share in (0.0, 1.0):
             memory.record(range(prompts), np.full(prompts, 8 * share), np.full(prompts, 8.0))
