@@ -108,7 +108,7 @@ class VLLMBackend(TransformersBackend):
         first = ranks.rank() == 0
         weights = merged(self.policy.model, self._dtype) if first or self.divided else {}
         if first:
-            file = Path(self._folder.name) / "policy.safetensors"
+            file = Path(self._folder.name).absolute() / "policy.safetensors"
             _write(weights, file)
             wrong = next(filter(None, self.engine.load(file)), None)
             if wrong:

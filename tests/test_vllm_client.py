@@ -44,7 +44,8 @@ class Server:
     """Answers of a server by path; what is not there is a page of another program, with the status 404."""
 
     def __init__(self, port: int, answers: dict[str, Any]) -> None:
-        self.answers = answers
+        self.asked: list[Any] = []
+        asked = self.asked
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -55,7 +56,7 @@ class Server:
                 self.wfile.write(text.encode())
 
             def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
+                asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 self.do_GET()
 
             def log_message(self, *_: object) -> None: ...
@@ -225,6 +226,18 @@ def test_an_exchange_folder_without_room_is_told_with_needed_and_free_bytes(
     with pytest.raises(InputError, match=r"backend\.vllm\.exchange = '.*': 0\.064 GB free in .* take 3 GB"):
         client._exchange(str(tmp_path), size)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_was_started_elsewhere_gets_the_whole_path(
+    port: int, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shared").mkdir()
+    server = serve(GOOD)
+    made = engine(port, exchange="shared")
+    made.load_weights()
+    assert Path(server.asked[0]["args"][0]).is_relative_to(tmp_path / "shared")
+    made.close()
 
 
 @pytest.mark.parametrize("kind", ["missing", "file"])
