@@ -9,6 +9,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from benchmark.schema import Count, Model, Positive, fault
 
+START_SECONDS = 600.0  # a model of tens of billions of parameters, with its CUDA graphs
+
 
 def _expression(text: str) -> str:
     try:
@@ -49,14 +51,18 @@ class VLLMConfig(Model):
 
     Attributes:
         url: address of a server started with ``python -m benchmark.vllm_server``.
+        start_seconds: how long to wait for a server that does not listen yet.
         memory_fraction: share of the GPU that an engine in this process may take.
         tensor_parallel: GPUs of an engine in this process.
         max_model_len: longest prompt and answer; the model's own limit by default.
         eager: no CUDA graphs, no compilation.
-        exchange: folder through which weights reach the engine; a server elsewhere needs one on a shared disk.
+        exchange: folder through which weights reach the engine; memory by default, or the disk's temporary folder where
+            memory has no room. A server elsewhere needs one on a shared disk.
     """
 
     url: str | None = None
+    # It decides nothing, so a run that leaves it alone has the identity of one without the key.
+    start_seconds: Annotated[float, Field(ge=0, exclude_if=lambda seconds: seconds == START_SECONDS)] = START_SECONDS
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.4
     tensor_parallel: Count = 1
     max_model_len: Count | None = None

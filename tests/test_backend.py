@@ -281,7 +281,7 @@ def test_a_missing_vllm_is_told_with_the_line_that_installs_it(monkeypatch: pyte
 
 
 def test_a_server_that_is_not_there_is_an_input_error() -> None:
-    config = BackendConfig(name="vllm", vllm=VLLMConfig(url="http://127.0.0.1:9"))
+    config = BackendConfig(name="vllm", vllm=VLLMConfig(url="http://127.0.0.1:9", start_seconds=0))
     with pytest.raises(InputError, match="vllm_server"):
         make(both()[1].policy, config)
 
@@ -374,11 +374,12 @@ def test_an_engine_in_this_process_gets_its_gpus_and_gives_their_memory_back(
             calls.append(options)
 
         def __getattr__(self, name: str) -> Any:
-            return lambda *given, **options: calls.append((name, options.get("level")))
+            return lambda *given, **options: [calls.append((name, options.get("level")))] and [""]
 
     module = SimpleNamespace(LLM=FakeLLM, SamplingParams=dict, TokensPrompt=dict)
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(("empty_cache", None)))
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND"):
         monkeypatch.setenv(name, "0")
     settings = VLLMConfig(tensor_parallel=4, memory_fraction=0.3, max_model_len=256, exchange=str(tmp_path))
@@ -391,7 +392,7 @@ def test_an_engine_in_this_process_gets_its_gpus_and_gives_their_memory_back(
     assert options.get("enable_sleep_mode", False) is gpu
     backend.load_weights()
     backend.rest()
-    awake, asleep = ([("wake_up", None)], [("sleep", 2)]) if gpu else ([], [])
+    awake, asleep = ([("empty_cache", None), ("wake_up", None)], [("sleep", 2)]) if gpu else ([], [])
     assert calls == [*awake, ("collective_rpc", None), ("reset_prefix_cache", None), *asleep]
     backend.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmark import preflight as checks
 from benchmark.compose import compose_run
@@ -88,6 +90,40 @@ def test_a_full_disk_ends_a_run_before_its_first_step(tmp_path: Path, monkeypatc
     with pytest.raises(StorageError, match="checkpoints and policy need"):
         run_cell(settings(), tmp_path)
     assert read_rows(tmp_path / "metrics.jsonl")[0] == []
+
+
+def test_a_sampler_wakes_beside_what_the_optimiser_will_keep(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    held: list[weakref.ref[Tensor]] = []
+
+    def reserve(value: Tensor) -> Tensor:
+        made = torch.zeros_like(value)
+        if order == ["rest"]:  # the pass has some of its own
+            held.append(weakref.ref(made))
+        return made
+
+    def load_weights() -> None:
+        order.append("wake")
+        assert len(held) == 2 * len(run.policy.parameters())
+        assert all(moment() is not None for moment in held)
+        assert [one for one in seen if one() is not None] == []
+
+    seen: list[weakref.ref[Tensor]] = []
+    score = run.backend.score
+
+    def watch(batch: Rollouts, temperature: float) -> Any:
+        order.append("pass")
+        found = score(batch, temperature)
+        seen.extend(map(weakref.ref, (found.log_prob, batch.tokens)))
+        return found
+
+    monkeypatch.setattr(checks.torch, "empty_like", reserve)
+    monkeypatch.setattr(run.backend, "rest", lambda: order.append("rest"))
+    monkeypatch.setattr(run.backend, "score", watch)
+    monkeypatch.setattr(run.backend, "load_weights", load_weights)
+    check(run)
+    assert order == ["rest", "pass", "wake"]
+    assert all(moment() is None for moment in held)
 
 
 @pytest.mark.parametrize("form", ["any", "integer"])
