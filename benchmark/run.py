@@ -162,6 +162,8 @@ class Run:
         device = prepare_machine()
         self.clock = Clock(device)
         self.method = registry.build(config.method.name, config.method.params)
+        trainer = engine.load(self.method.engine)
+        trainer.check(config, self.method)
         sharding.check(config, self.method)
         written, start = config.policy, ensure_policy(config)
         policy = Policy.load(start, device, backend=config.backend, template=written.template, lora=written.lora)
@@ -187,16 +189,8 @@ class Run:
         if features.size and fresh:
             read = sum(map(len, pool.tokens))
             self.ledger.charge(0, "features", tokens_scored=read, flops=self.prices.forward(read))
-        parts = (
-            self.method,
-            pool,
-            self.backend,
-            self.verifier,
-            self.history,
-            self.ledger,
-            self.budget,
-            self.prices,
-        )
+        sources = self.method, pool, self.backend, self.verifier
+        parts = (*sources, self.history, self.ledger, self.budget, self.prices)
         noise = config.verifier.flip_rate
         self.collector = Collector(*parts, rollout, self.clock, self.place, noise, self.recall)
         self.updater = Updater(
@@ -214,7 +208,7 @@ class Run:
             trace=self.trace,
             past=self.past,
         )
-        self.engine = engine.load(self.method.engine)(self.collector, self.updater)
+        self.engine = trainer(self.collector, self.updater)
 
     def _features(self, pool: Pool) -> Floats:
         if not self.method.features:
