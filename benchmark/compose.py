@@ -206,10 +206,15 @@ def _only(layer: Layer, allowed: Iterable[str], who: str) -> None:
 
 
 def _check_method(config: RunConfig, tree: Layer) -> None:
-    from benchmark.registry import build  # imports torch, for which --help and a wrong key need not wait
+    from benchmark.method import Method  # imports torch, for which --help and a wrong key need not wait
+    from benchmark.registry import build
 
     try:
-        build(config.method.name, config.method.params)
+        method = build(config.method.name, config.method.params)
+        if method.engine != Method.engine:  # the native one leaves nothing out, and takes seconds to import
+            from benchmark.engine import load
+
+            load(method.engine).check(config, method)
     except InputError as error:
         if error.file is not None or not tree.origins:
             raise

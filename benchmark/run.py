@@ -169,6 +169,8 @@ class Run:
         device = prepare_machine()
         self.clock = Clock(device)
         self.method = registry.build(config.method.name, config.method.params)
+        trainer = engine.load(self.method.engine)
+        trainer.check(config, self.method)
         sharding.check(config, self.method)
         written, start = config.policy, ensure_policy(config)
         policy = Policy.load(start, device, backend=config.backend, template=written.template, lora=written.lora)
@@ -212,7 +214,7 @@ class Run:
             trace=self.trace,
             past=self.past,
         )
-        self.engine = engine.load(self.method.engine)(self.collector, self.updater)
+        self.engine = trainer(self.collector, self.updater)
 
     def _features(self, pool: Pool) -> Floats:
         if not self.method.features:
