@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmark import sharding
 from benchmark.backend import Backend, Piece, Request, by_length, by_rollouts
 from benchmark.config_model import BackendConfig
-from benchmark.decode import COMPACT_BELOW, sample
+from benchmark.decode import COMPACT_BELOW, ended, sample
 from benchmark.errors import InputError
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts, concatenate, starts
@@ -88,9 +88,9 @@ class TransformersBackend(Backend):
             token = sample(log_p, uniforms[row, step])
             tokens[row, step] = token
             log_probs[row, step] = log_p.gather(1, token[:, None]).squeeze(1)
-            ended = (token == self.policy.end) & ~done
-            length[row[ended]], finished[row[ended]] = step + 1, True
-            done |= ended
+            last = ended(token, self.policy.ends) & ~done
+            length[row[last]], finished[row[last]] = step + 1, True
+            done |= last
             live = len(done) - int(done.sum())
             if live == 0 or step + 1 == limit:
                 break
