@@ -105,6 +105,25 @@ class TransformersBackend(Backend):
         flat = torch.cat(prompts)
         return Rollouts(flat, prompt_length, owner, tokens[inside], length, log_probs[inside], finished)
 
+    @torch.no_grad()
+    def rehearse(self, prompt: Tensor, max_tokens: int, temperature: float) -> None:
+        """The step of decoding that takes the most memory: ``rows_per_decode`` rollouts at the last of `max_tokens`.
+
+        Args:
+            prompt: (L,) ids, L >= 1. max_tokens: >= 1. temperature: of the softmax.
+        """
+        rows, model = self.config.rows_per_decode, self.policy.model
+        text = torch.cat([prompt, prompt[:1].expand(max_tokens - 1)])
+        model.eval()
+        with self.whole(), self._precision(), _checkpointing_off(model):
+            _, cache, _ = self._prefill([text], torch.tensor([len(text)], device=self.device))
+            cache.batch_select_indices(torch.zeros(rows, dtype=torch.int64, device=self.device))
+            mask = torch.ones(rows, len(text) + 1, dtype=torch.int64, device=self.device)
+            hidden = self._hidden(text[:1].expand(rows, 1), mask, torch.full_like(mask[:, :1], len(text)), cache)[:, -1]
+            log_p = _log_softmax(hidden @ self.head.weight.to(hidden.dtype).t(), temperature)
+            sample(log_p, log_p.new_zeros(rows))
+        model.train()
+
     def _prefill(self, prompts: list[Tensor], prompt_length: Tensor) -> tuple[Tensor, Any, Tensor]:
         """Last hidden state (P, d), cache and attention mask (P, width) of left-padded prompts."""
         from transformers import DynamicCache
