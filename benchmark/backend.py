@@ -191,7 +191,7 @@ class NativeBackend(Backend):
             torch.from_numpy(request.counts).to(device),
             request.uniforms(device),
             max_tokens=request.max_tokens,
-            end=self.policy.end,
+            ends=self.policy.ends,
             temperature=request.temperature,
         )
 

@@ -144,7 +144,7 @@ class VLLMBackend(TransformersBackend):
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "logprobs": 0,
-            "stop_token_ids": [self.policy.end],
+            "stop_token_ids": list(self.policy.ends),
             "ignore_eos": True,
         }
         pairs = zip(request.keys.tolist(), request.lanes.tolist(), strict=True)

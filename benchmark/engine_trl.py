@@ -149,8 +149,6 @@ class TRL:
         minibatches = _minibatches(rollout, optimiser, prompts)
         rows = prompts * rollout.rollouts_per_prompt // minibatches
         passes = _passes(rows, self._rows)
-        # TRL would end an answer at any end that the model's folder names; the harness knows the tokenizer's.
-        policy.model.generation_config.eos_token_id = policy.end
 
         class Schedule(TrainerCallback):
             def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -226,7 +224,7 @@ class TRL:
         with collector.clock.phase("verify"):
             texts = collector.policy.decode(completion_ids)
             golds = [collector.pool.items[p].answer for p in place]
-            finished = [ids[-1] == collector.policy.end for ids in completion_ids]
+            finished = [ids[-1] in collector.policy.ends for ids in completion_ids]
             verdicts = collector.verifier.verify_rollouts(golds, texts, finished)
         self._answers = completion_ids, verdicts
         return [reward(verdict) for verdict in verdicts]
@@ -245,7 +243,7 @@ class TRL:
             tokens=torch.tensor([token for ids in answers for token in ids], device=device),
             length=length,
             log_prob=torch.full((int(length.sum()),), math.nan, device=device),
-            finished=torch.tensor([ids[-1] == collector.policy.end for ids in answers], device=device),
+            finished=torch.tensor([ids[-1] in collector.policy.ends for ids in answers], device=device),
         )
         seen = collector.history.view(prompts)
         counts = np.full(len(prompts), group, dtype=np.int64)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmark import ranks
 from benchmark.backend import Backend, Request
+from benchmark.backend_transformers import TransformersBackend
 from benchmark.backend_vllm import VLLMBackend
 from benchmark.checkpoint import KEPT
 from benchmark.config import RolloutConfig
@@ -24,11 +25,13 @@ from benchmark.verifier import Verifier, bare
 TRIED, TRIED_TOKENS = 8, 32  # prompts, and tokens of their answers
 GAP_NATS = 0.1
 """Mean distance of sampled and trained log-probabilities that bfloat16 on both sides stays well below."""
+UNTRIED = ("cpu",)
+"""Devices on which memory that is short does not raise: the machine ends the process."""
 KNOWN = {"integer": ("42", "42"), "any": (r"\frac{1}{2}", "0.5")}
 
 
 def preflight(backend: Backend, optimiser: Optimiser, pools: list[Pool], rollout: RolloutConfig, folder: Path) -> None:
-    """Context, disk and memory: prompts fit the model, checkpoints fit the disk, the longest pass fits the memory.
+    """Context, disk and memory: prompts fit the model, checkpoints the disk, the longest pass and decode the memory.
 
     An engine of vLLM fits beside what the optimiser keeps, and samples from the model in training.
 
@@ -40,13 +43,14 @@ def preflight(backend: Backend, optimiser: Optimiser, pools: list[Pool], rollout
     Raises:
         InputError: a prompt and its answer are longer than the model's context, or the engine holds another model.
         StorageError: the disk has no room for the checkpoints.
-        RunError: the longest pass, or the engine, does not fit the memory of the device.
+        RunError: the longest pass or decode, or the engine, does not fit the memory of the device.
     """
     longest = max((tokens for pool in pools for tokens in pool.tokens), key=len)
     _check_context(backend, len(longest), rollout.max_tokens)
     if ranks.rank() == 0:  # who writes
         _check_disk(backend, folder)
     _check_memory(backend, optimiser, longest, rollout)
+    _check_decoding(backend, optimiser, longest, rollout)
     if isinstance(backend, VLLMBackend):
         _check_engine(backend, pools[0], rollout)
 
@@ -124,6 +128,25 @@ def _check_engine(backend: VLLMBackend, pool: Pool, rollout: RolloutConfig) -> N
             f"log-probabilities of {sum(map(len, gaps))} sampled tokens are {gap:.3g} nats off the trainer's on average"
         )
         raise backend.foreign(f"{what}, where rounding makes up to {GAP_NATS}")
+
+
+def _check_decoding(backend: Backend, optimiser: Optimiser, prompt: Tensor, rollout: RolloutConfig) -> None:
+    """The last step of the most and longest rollouts at a time, where the cache grows while rollouts do.
+
+    The native backend and vLLM take theirs whole before the first token. A CPU is left out (`UNTRIED`).
+    """
+    if type(backend) is not TransformersBackend or prompt.device.type in UNTRIED:
+        return
+    weights = [value for value in optimiser.parameters if not optimiser.adam.state]
+    try:
+        moments = [torch.empty_like(value) for value in weights for _ in range(2)]  # kept while a run samples
+        backend.rehearse(prompt, rollout.max_tokens, rollout.temperature)
+        del moments
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"decoding {backend.config.rows_per_decode} rollouts of {len(prompt)} + {rollout.max_tokens} tokens at a "
+            "time does not fit the memory: lower backend.rows_per_decode"
+        ) from error
 
 
 def _longest(prompt: Tensor, rollout: RolloutConfig, tokens_per_pass: int) -> Rollouts:

@@ -219,7 +219,6 @@ def test_bfloat16_passes_over_float32_weights() -> None:
 
 
 def test_adapters_train_and_nothing_else(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     make_model().save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
     config = BackendConfig(name="transformers", gradient_checkpointing=True)
@@ -296,7 +295,6 @@ def test_the_server_command_lets_the_user_overrule_and_refuses_no_model() -> Non
 
 
 def test_a_sampler_gets_merged_adapters_and_plain_names(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     make_model().save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
     config = BackendConfig(name="transformers")

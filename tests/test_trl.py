@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -31,6 +33,7 @@ from benchmark.registry import build
 from benchmark.rollouts import Rollouts, concatenate
 from benchmark.run import Interrupted, Run, run_cell
 from benchmark.scoring import TokenStatistics, score
+from benchmark.vocabulary import build_tokenizer
 from benchmark.warmup import warm_up
 
 MIX = [{"family": "chain_sum", "num_terms": [2, 2], "num_digits": [1, 1]}]
@@ -118,10 +121,10 @@ def trl(policy: str, tmp_path: Path) -> Any:
     """Make a run's TRL engine; verifiers end with the test."""
     with ExitStack() as stack:
 
-        def make(arm: str, params: dict[str, Any], **changes: Any) -> tuple[Run, TRL]:
+        def make(arm: str, params: dict[str, Any], source: str = policy, **changes: Any) -> tuple[Run, TRL]:
             folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
             folder.mkdir()
-            run = Run(make_config(policy, arm, params, **changes), folder, print)
+            run = Run(make_config(source, arm, params, **changes), folder, print)
             stack.enter_context(run.verifier)
             assert isinstance(run.engine, TRL)
             return run, run.engine
@@ -252,6 +255,22 @@ def run_batches(engine: TRL) -> list[tuple[Groups, Rollouts]]:
     prompts = collector.pool.prompts(collector.place - 8, 8)
     batch = engine._batch(prompts)
     return [(batch.groups, batch.rollouts)]
+
+
+def test_rollouts_end_with_any_id_that_the_model_declares(
+    policy: str, trl: Callable[..., tuple[Run, TRL]], tmp_path: Path
+) -> None:
+    declared = shutil.copytree(policy, tmp_path / "declared")
+    said = json.loads((declared / "generation_config.json").read_text())
+    closing = build_tokenizer().convert_tokens_to_ids("}")
+    (declared / "generation_config.json").write_text(json.dumps(said | {"eos_token_id": [1, closing]}))
+    run, engine = trl("trl_grpo", {}, str(declared))
+    batch, _ = engine.step(0)
+    assert batch.rollouts.finished.any()
+    for tokens, finished in zip(batch.rollouts.texts(), batch.rollouts.finished.tolist(), strict=True):
+        assert [token in (1, closing) for token in tokens] == [False] * (len(tokens) - 1) + [finished]
+    assert closing in batch.rollouts.tokens
+    assert run.ledger.spent["tokens_generated"] == len(batch.rollouts.tokens)
 
 
 def test_a_train_call_a_batch_is_one_training_of_many_batches(trl: Callable[..., tuple[Run, TRL]]) -> None:
@@ -402,12 +421,6 @@ def test_bnpo_is_refused_where_the_longest_prompt_makes_it_accumulate(trl: Calla
     with pytest.raises(InputError, match="tokens_per_pass"):
         trl("trl_grpo", {}, backend={"tokens_per_pass": 24 * longest - 1})
     trl("trl_grpo", {}, backend={"tokens_per_pass": 24 * longest})
-
-
-def test_an_answer_ends_where_the_harness_says(trl: Callable[..., tuple[Run, TRL]]) -> None:
-    run, engine = trl("trl_grpo", {})
-    run.policy.model.generation_config.eos_token_id = [run.policy.end, 5]
-    assert engine._trainer(8).eos_token_ids == [run.policy.end]
 
 
 def test_several_gpus_in_one_process_are_refused(

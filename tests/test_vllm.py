@@ -121,6 +121,19 @@ def test_ragged_groups_with_finish_reasons(backend: VLLMBackend) -> None:
     assert backend.usage.tokens_generated >= len(batch.tokens)
 
 
+def test_any_id_that_ends_a_rollout_ends_one(backend: VLLMBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy's own end, and the token that most rollouts begin with."""
+    backend.load_weights()
+    begun = [text[0] for text in backend.generate(asked(backend.policy)).texts()]
+    first = max(set(begun), key=begun.count)
+    monkeypatch.setitem(vars(backend.policy), "ends", (backend.policy.end, first))
+    batch = backend.generate(asked(backend.policy))
+    ends = torch.isin(batch.tokens, torch.tensor(backend.policy.ends))
+    assert torch.equal(ends[torch.cumsum(batch.length, 0) - 1], batch.finished)
+    assert int(ends.sum()) == int(batch.finished.sum())
+    assert sum(text == [first] for text in batch.texts()) == begun.count(first)
+
+
 def test_the_same_streams_sample_the_same_and_others_do_not(backend: VLLMBackend) -> None:
     backend.load_weights()
     first, again = (backend.generate(asked(backend.policy)).texts() for _ in range(2))
