@@ -3,7 +3,7 @@
 Each rollout has a seed of its own from its stream, so runs repeat where vLLM does; it does not promise equal samples
 for other batch compositions, so arms share streams only in distribution. Log-probabilities are those after temperature.
 vLLM's kernels round differently from the trainer's: the updater scores the batch anew, logs ``policy/logprob_abs_diff``
-and weighs tokens by truncated importance sampling.
+and weighs tokens by truncated importance sampling, where the method does not do so itself (`Method.anchor`).
 """
 
 from __future__ import annotations

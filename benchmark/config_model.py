@@ -81,7 +81,8 @@ class BackendConfig(Model):
         rows_per_decode: rollouts that are decoded at a time (transformers).
         gradient_checkpointing: recompute activations in the backward pass.
         importance_cap: truncated importance sampling: where sampled and trained log-probabilities differ, tokens weigh
-            min(pi_train / pi_sample, cap); null leaves them uncorrected.
+            min(pi_train / pi_sample, cap); null leaves them uncorrected. Not on top of a method's own weights
+            (`Method.anchor`).
     """
 
     name: Literal["native", "transformers", "vllm"] = "native"

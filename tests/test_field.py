@@ -189,6 +189,18 @@ def test_the_optimal_token_baseline_by_a_loop() -> None:
     assert method.modulate(tokens).advantage.tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_rollout_that_is_left_alone_has_a_baseline_of_its_own_reward_or_of_zero() -> None:
+    """Prompt 0: pi = 1/2 for three tokens, 1/4 for two; squared norms .3 and .8. Prompts 1 and 2: one rollout each."""
+    log_prob, rollout = [math.log(0.5)] * 3 + [math.log(0.25)] * 4, [0, 0, 0, 1, 1, 2, 3]
+    b = 0.3 / (0.3 + 0.8)  # W = .3, .6, .9 against .8, 1.6
+    for zero_tail, alone in ((False, 0.0), (True, 1.0)):
+        method: Method = registry.build("otb", {"zero_tail": zero_tail})
+        given = [1.0, 1, 1, 0, 0, 1, 0]
+        tokens = sampled(given, [1.0] * 7, log_prob, rollout, method.loss, [0, 0, 0, 0, 0, 1, 2])
+        found = method.modulate(tokens).advantage.tolist()
+        assert found == pytest.approx([1 - b, 1 - b, alone, -b, -b, alone, 0], abs=1e-6)
+
+
 def seen(successes: list[int], trials: list[int]) -> HistoryView:
     """The view after one step, in which every prompt with a trial had its first visit."""
     k, n = np.array(successes), np.array(trials)
