@@ -104,19 +104,23 @@ def compose_study(
 ) -> Plan:
     """The runs of a study file.
 
-    `scale` and `seeds` replace the file's own, as does what a scale says of the study; an option that changes the
-    budget's currency changes the study's with it.
+    `scale` and `seeds` replace the file's own. What a scale says of the study fills in what the file leaves out; that
+    of a `scale` which replaces the file's replaces the file's words too, or its size would not be the scale's. An
+    option that changes the budget's currency changes the study's with it.
 
     Raises:
         InputError: the study, or the configuration of one of its arms, is wrong.
     """
     written = read_yaml(find("studies", study))
     size = read_yaml(find("scales", scale or str(written.values.get("scale", "small"))))
-    changes = {"scale": scale} | {key: size.values.get(key) for key in OF_STUDY}
-    changes["seeds"] = seeds if seeds is not None else changes["seeds"]
+    of_scale = size.part(*OF_STUDY)
+    written = written.over(of_scale)
+    validate(StudyConfig, written)  # what the command line replaces below is no less a fault of the file
+    changes: dict[str, Any] = {"scale": scale, "seeds": seeds}
     budget = read_options(options).values.get("budget")
     changes["primary_currency"] = budget.get("currency") if isinstance(budget, dict) else None
-    asked = Layer({key: value for key, value in changes.items() if value is not None}).over(written)
+    typed = Layer({key: value for key, value in changes.items() if value is not None})
+    asked = typed.over(written if scale is None else of_scale.over(written))
     config = validate(StudyConfig, asked)
     overrides = written.moved("overrides", "", config.overrides)
     _only(overrides, SHARED, "a study's overrides")
