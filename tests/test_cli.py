@@ -202,6 +202,16 @@ def test_a_finished_run_is_not_run_again(training: list[RunConfig], tmp_path: Pa
     assert "another configuration" in other.stderr
 
 
+def test_a_run_is_refused_in_the_folder_of_a_study(training: list[RunConfig], tmp_path: Path) -> None:
+    atomic_write_json(tmp_path / "plan.json", {"study": "main_table"})
+    result = call("run", "grpo", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "holds a study" in result.stderr
+    assert training == []
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert call("run", "grpo", "--out", tmp_path / "cells" / "mine").exit_code == 0
+
+
 def test_a_run_that_another_process_holds_is_refused(training: list[RunConfig], tmp_path: Path) -> None:
     lease = cells.claim(tmp_path)
     assert lease is not None
