@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from benchmark.completion import complete_notebook
 from benchmark.errors import InputError
 
 
@@ -17,7 +18,10 @@ def figures(
     results: Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder, or the folder of all.")] = Path(
         "results"
     ),
-    notebook: Annotated[str | None, typer.Option(help="One notebook; by default all that DIR has results for.")] = None,
+    notebook: Annotated[
+        str | None,
+        typer.Option(help="One notebook; by default all that DIR has results for.", autocompletion=complete_notebook),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("results/figures"),
     source: Annotated[str, typer.Option(help="files, or mlflow: then DIR names the experiment.")] = "files",
     tracking_uri: Annotated[
