@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from analysis import figures_paper as paper
 from analysis.comparisons import Scores
 from analysis.figures_sweep import arm_of, best_settings, load_trials
-from analysis.from_mlflow import bring_tables, load_from_mlflow
+from analysis.from_mlflow import bring, bring_tables, load_from_mlflow
 from analysis.notebook import open_study, open_sweep, open_variance, tables
 from analysis.notebook_choice import NOTEBOOKS, RESULTS, locate, parameters_of
 from analysis.notebook_runner import execute
@@ -278,6 +279,33 @@ def test_tables_from_files_and_from_mlflow_agree(results: Path, store: str, tmp_
     one, two = tables(Scores(files)), tables(Scores(mirrored))
     assert {name: table.csv() for name, table in one.items()} == {name: table.csv() for name, table in two.items()}
     assert {name: table.latex() for name, table in one.items()} == {name: table.latex() for name, table in two.items()}
+
+
+def test_the_figures_from_files_and_from_mlflow_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of single tokens and of the gradient variance included; a mirror that lacks what they show says so."""
+    recipe = synthetic.Recipe(
+        arms={"grpo": 0.0, "dynamo": 0.1}, seeds=(0,), items=8, steps=6, points=3, traced=("Compute 6*7.",)
+    )
+    study, uri = synthetic.make_study(tmp_path / "traced", recipe), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for cell in json.loads((study / "plan.json").read_text())["cells"]:
+        config = compose_run(cell["arm"], scale="smoke", seed=cell["seed"], options=["evaluation.k=[1,8,32]"])
+        (study / cell["dir"] / "config.yaml").write_text(dump(config))
+        result = study / cell["dir"] / "result.json"
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"files": {"traces.jsonl": "0"}, "sha256": ""}))
+    (study / "gradient_variance.json").write_text('{"rows": []}')
+    monkeypatch.setattr("benchmark.mirror.TRACES", "none.jsonl")
+    assert Mirror(uri, study, "traced").close()
+    bring(uri, "traced", tmp_path / "without")
+    assert "not in MLflow: traces.jsonl of 2 runs" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert Mirror(uri, study, "traced").rebuild()
+    made = bring(uri, "traced", tmp_path / "with")
+    assert "not in MLflow" not in capsys.readouterr().err
+    for path in (*sorted(study.glob("cells/*/traces.jsonl")), study / "gradient_variance.json"):
+        assert (made / path.relative_to(study)).read_bytes() == path.read_bytes()
+    assert paper.traced_tokens(load_study(made), "entropy")["last"].keys() == {"grpo", "dynamo"}
 
 
 def test_a_failing_cell_is_one_line_that_names_the_copy(
