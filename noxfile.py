@@ -90,7 +90,7 @@ def tests_slow(session: nox.Session) -> None:
 
     `tests_vllm` follows, unless tests are chosen behind `--`.
     """
-    install(session, "dev,postgres,pgserver,browser,dashboard,ray,deepspeed")
+    install(session, "dev,docs,postgres,pgserver,browser,dashboard,ray,deepspeed")
     pytest(session, "-m", "slow")
     if not session.posargs:
         session.notify("tests_vllm")

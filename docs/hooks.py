@@ -1,31 +1,28 @@
-"""What the documentation site makes by itself: its front page from the README, and one page for each arm.
-
-Everything is read from source text (griffe, no import), so that the site needs neither torch nor a GPU.
-"""
+"""What the documentation site makes by itself: its front page from the README, and one page for each arm."""
 
 from __future__ import annotations
 
-import ast
+import logging
 import re
-import tomllib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import griffe
+from arms import arm_pages, entry_points, unexplained
+from classes import ROOT
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).parent.parent
-GROUP = "rolloutbench.methods"
-LABELS = ("family", "kind", "changes", "reference", "faithful_to")
-ARXIV = re.compile(r"\d{4}\.\d{5}")
+LOG = logging.getLogger("mkdocs.hooks")  # a warning there ends a strict build
+FORMULA = re.compile(r'<div class="highlight"><pre><span></span><code>(.*?)</code></pre></div>', re.DOTALL)
+HANGING = 4  # columns that a wrapped line of a formula stands behind its first
+LISTS = ("methods.md", "field.md")
+"""Pages with tables whose first column names arms."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the front page and the arms' pages, and put the arms into the navigation."""
     files.append(File.generated(config, "index.md", content=front_page()))
+    for parameter in unexplained():
+        LOG.warning("%s: no meaning, neither in its class nor in docs/meanings.toml", parameter)
     arms = arm_pages()
     for name, text in arms.items():
         files.append(File.generated(config, f"methods/{name}.md", content=text))
@@ -36,8 +33,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Names in the list of arms lead to their pages."""
-    if page.file.src_uri != "methods.md":
+    """Names in lists of arms lead to their pages."""
+    if page.file.src_uri not in LISTS:
         return markdown
     known = set(entry_points())
 
@@ -53,67 +50,22 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     return "\n".join(lines)
 
 
+def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Indented blocks, which are formulas: each line wraps behind its own indentation, and none is there to copy."""
+    return FORMULA.sub(lambda match: formula(match[1]) if "<span" not in match[1] else match[0], html)
+
+
+def formula(text: str) -> str:
+    """HTML of a formula: its lines, and in them what wide gaps separate, which is where a line breaks first."""
+    lines = []
+    for line in text.rstrip("\n").split("\n"):
+        columns = len(line) - len(line.lstrip()) + HANGING
+        parts = re.sub(r"\S+(?: \S+)*", r"<span>\g<0></span>", line)
+        lines.append(f'<span style="padding-left: {columns}ch; text-indent: -{columns}ch">{parts or " "}</span>')
+    return f'<div class="highlight formula no-copy"><pre><code>{"".join(lines)}</code></pre></div>'
+
+
 def front_page() -> str:
     """The README with its links seen from the site."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     return re.sub(r"\]\(docs/", "](", text).replace("[CITATION.cff](CITATION.cff)", "`CITATION.cff`")
-
-
-def entry_points() -> dict[str, str]:
-    """``module:Class`` of every arm of the distribution, by name, in the order of pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return dict(project["entry-points"][GROUP])
-
-
-def arm_pages() -> dict[str, str]:
-    """Markdown of every arm's page, by name."""
-    loader = griffe.GriffeLoader(search_paths=[ROOT])
-    for package in ("benchmark", "baselines", "methods"):
-        loader.load(package)
-    loader.resolve_aliases()
-    pages = {}
-    for name, target in entry_points().items():
-        module, _, cls = target.partition(":")
-        found = loader.modules_collection[module][cls]
-        pages[name] = "\n".join(arm_page(name, found))
-    return pages
-
-
-def arm_page(name: str, cls: griffe.Class) -> Iterator[str]:
-    """Lines of an arm's page: what it is, its labels, its equations, its parameters, its code."""
-    yield f"# {name}\n"
-    yield f"{_text(cls)}\n"
-    for label in LABELS:
-        value = _literal(cls, label)
-        shown = ", ".join(value) if isinstance(value, tuple) else str(value or "")
-        if label == "reference":
-            shown = ARXIV.sub(lambda m: f"[arXiv {m[0]}](https://arxiv.org/abs/{m[0]})", shown)
-        yield f"- **{label.replace('_', ' ')}:** {shown or 'nothing'}"
-    yield f"\n## Equations and where it deviates\n\nFrom `{Path(str(cls.relative_filepath)).as_posix()}`:\n"
-    yield f"{_text(cls.module)}\n"
-    parameters = list(_parameters(cls))
-    yield "## Parameters\n"
-    yield "Change one with `--set method.<name>=<value>`, or with `params` of an arm in a study file.\n"
-    yield "| parameter | default |\n|---|---|"
-    yield from (f"| `{parameter}` | `{default}` |" for parameter, default in parameters)
-    yield f"\n## Code\n\n::: {cls.path}\n    options:\n      show_root_heading: true\n      show_source: true\n"
-
-
-def _text(thing: griffe.Object) -> str:
-    return "" if thing.docstring is None else thing.docstring.value
-
-
-def _literal(cls: griffe.Class, name: str) -> Any:
-    value = cls.all_members[name].value
-    return None if value is None else ast.literal_eval(str(value))
-
-
-def _parameters(cls: griffe.Class) -> Iterator[tuple[str, str]]:
-    """Dataclass fields, inherited ones too: name and default as written."""
-    for name, member in cls.all_members.items():
-        if not member.is_attribute or "instance-attribute" not in member.labels:  # griffe's word for a field
-            continue
-        if member.value is not None:
-            default = str(member.value)
-            made = re.fullmatch(r"field\(default_factory=(?:lambda: )?(.+)\)", default)
-            yield name, (made[1] if made else default).replace("|", "\\|")
