@@ -9,7 +9,6 @@ import os
 import sys
 from dataclasses import asdict
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,11 +31,7 @@ from benchmark.errors import InputError
 from benchmark.opening import check_folder, check_out, check_plan
 
 if TYPE_CHECKING:
-    from benchmark.compose import Plan
     from benchmark.study import Outcome
-
-COUNTED = ("rollouts", "tokens_generated", "flops")
-
 
 app = typer.Typer(
     cls=Group,
@@ -159,7 +154,9 @@ def study(
     check_out(folder)
     check_studies(reuse or ())
     if dry_run:
-        _show_plan(plan, folder, workers)
+        from benchmark.cli_plan import show_plan
+
+        show_plan(plan, folder, workers)
         return
     pool: Any = Pool
     if ray is not None:
@@ -353,48 +350,6 @@ def _finish(outcome: Outcome, folder: Path) -> None:
     if outcome.failed:
         typer.echo(f"what failed is run again by: {typed()}", err=True)
         raise typer.Exit(FAILED)
-
-
-def _show_plan(plan: Plan, folder: Path, workers: int | None) -> None:
-    from analysis.formatting import counted
-    from benchmark.cells import Cell
-    from benchmark.compose import scale_pricing
-    from benchmark.estimate import ASSUMED_SD, detectable_difference, estimate, paired_sd
-    from benchmark.pricing import assumptions, closed_form
-    from benchmark.progress import duration, short
-    from benchmark.workers import default_workers
-
-    cells = [Cell.of(folder, config) for config in plan.runs]
-    for cell in cells:
-        mark = "done" if cell.result() is not None else "to run"
-        typer.echo(f"{mark:7}{cell.folder}")
-    probe, assumed = None, scale_pricing(plan.study.scale)
-    if assumed is not None:
-        probe = partial(closed_form, assumed=assumed)
-        typer.echo(assumptions(assumed))
-    elif cells and all(cell.result() is None for cell in cells):
-        probe = import_module("benchmark.run").measure_unit_prices
-    how = "measured now" if assumed is None else "in closed form"
-    cost, count = estimate(cells, probe, how), workers or default_workers()
-    typer.echo(f"{plan.study.study}: {counted(cost.cells, 'cell')}, {cost.missing_cells} to run; {cost.source}")
-    for label, amounts in (("all cells", cost.total), ("to run", cost.missing)):
-        known = [f"{currency} {short(amounts[currency])}" for currency in amounts if currency in COUNTED]
-        unknown = [currency for currency in COUNTED if currency not in amounts]
-        hours = f"about {duration(amounts['wall_seconds'] / count)}" if "wall_seconds" in amounts else "unknown time"
-        hours += f" with {counted(count, 'worker')}"
-        if assumed is not None and "evaluation_tokens" in amounts:
-            hours = f"about {amounts['wall_seconds'] / 3600:,.0f} GPU hours"
-            known.append(f"{short(amounts['evaluation_tokens'])} tokens more to evaluate")
-        disk = f"{short(amounts['disk_bytes'])}B" if "disk_bytes" in amounts else "unknown"
-        told = ", ".join(known + [f"{currency} unknown" for currency in unknown])
-        typer.echo(f"{label}: {told}; {hours}; disk {disk}")
-    sd = paired_sd(cells, plan.study.reference)
-    smallest = 100 * detectable_difference(len(plan.study.seeds), sd or ASSUMED_SD)
-    source, seeds = "measured" if sd else "assumed", counted(len(plan.study.seeds), "seed")
-    typer.echo(
-        f"smallest detectable difference in pass@1: {smallest:.1f} points with {seeds} "
-        f"(80 % power; paired sd {100 * (sd or ASSUMED_SD):.1f} points, {source})"
-    )
 
 
 if __name__ == "__main__":  # `accelerate launch -m benchmark.cli run ...`
