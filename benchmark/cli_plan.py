@@ -21,7 +21,7 @@ COUNTED = ("rollouts", "tokens_generated", "flops")
 
 
 def show_plan(plan: Plan, folder: Path, workers: int | None) -> None:
-    """Print the cells of the study in `folder`, amounts, time with `workers`, and the smallest detectable difference."""
+    """Print the cells of the study in `folder`, amounts, time with `workers`, and the least detectable difference."""
     cells = [Cell.of(folder, config) for config in plan.runs]
     for cell in cells:
         mark = "done" if cell.result() is not None else "to run"
