@@ -1,7 +1,8 @@
 """Updates of one batch under several arms, by however many processes were launched; each writes what it ended with.
 
-``python ranks_driver.py BACKEND FOLDER ARM...``; the backend ``adapters`` is transformers with adapters of LoRA. Where the launcher asked for divided weights or moments, they are lost
-between the two updates and come back from a checkpoint.
+``python ranks_driver.py BACKEND FOLDER ARM...``; the backend ``adapters`` is transformers with adapters of LoRA. Where
+the launcher asked for divided weights or moments, they are lost between the two updates and come back
+from a checkpoint.
 """
 
 from __future__ import annotations
