@@ -21,7 +21,7 @@ from benchmark.decode import COMPACT_BELOW, ended, sample
 from benchmark.errors import InputError
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts, concatenate, starts
-from benchmark.scoring import TokenStatistics
+from benchmark.scoring import TokenStatistics, tempered
 
 PADDING = 1.15
 """A padded batch holds at most this many times its tokens."""
@@ -84,7 +84,7 @@ class TransformersBackend(Backend):
             hidden, mask = hidden[owner], mask[owner]
             cache.batch_select_indices(owner)
         for step in range(limit if rows else 0):
-            log_p = _log_softmax(hidden @ self.head.weight.to(hidden.dtype).t(), request.temperature)
+            log_p = tempered(hidden @ self.head.weight.to(hidden.dtype).t(), request.temperature).log_softmax(-1)
             token = sample(log_p, uniforms[row, step])
             tokens[row, step] = token
             log_probs[row, step] = log_p.gather(1, token[:, None]).squeeze(1)
@@ -120,7 +120,7 @@ class TransformersBackend(Backend):
             cache.batch_select_indices(torch.zeros(rows, dtype=torch.int64, device=self.device))
             mask = torch.ones(rows, len(text) + 1, dtype=torch.int64, device=self.device)
             hidden = self._hidden(text[:1].expand(rows, 1), mask, torch.full_like(mask[:, :1], len(text)), cache)[:, -1]
-            log_p = _log_softmax(hidden @ self.head.weight.to(hidden.dtype).t(), temperature)
+            log_p = tempered(hidden @ self.head.weight.to(hidden.dtype).t(), temperature).log_softmax(-1)
             sample(log_p, log_p.new_zeros(rows))
         model.train()
 
@@ -202,11 +202,6 @@ class TransformersBackend(Backend):
         if self.config.dtype == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    logits = logits.float()
-    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
 
 def _padded_batches(batch: Rollouts, padding: float) -> list[Tensor]:

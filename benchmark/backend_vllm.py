@@ -59,7 +59,7 @@ class Answer:
     finished: bool
 
 
-class Engine(ABC):
+class Sampler(ABC):
     """What both forms of vLLM do."""
 
     @abstractmethod
@@ -162,7 +162,7 @@ class VLLMBackend(TransformersBackend):
         )
 
 
-class _Colocated(Engine):
+class _Colocated(Sampler):
     """An engine in this process; several GPUs take worker processes of vLLM's own."""
 
     def __init__(self, model: str, config: BackendConfig) -> None:
@@ -236,7 +236,7 @@ class _Colocated(Engine):
         del self._llm
 
 
-class _Server(Engine):
+class _Server(Sampler):
     """A server started by `benchmark.vllm_server`, once it answers; a big model takes minutes to start."""
 
     def __init__(self, config: VLLMConfig, should_stop: Callable[[], bool]) -> None:

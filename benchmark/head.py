@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmark.errors import InputError
 from benchmark.rollouts import starts
-from benchmark.scoring import LOGITS
+from benchmark.scoring import LOGITS, chunk_rows, tempered
 
 
 @dataclass
@@ -66,14 +66,14 @@ class Head:
     @property
     def rows(self) -> list[slice]:
         """Consecutive chunks of tokens whose logits may exist at a time."""
-        size = max(1, min(4096, LOGITS // len(self.weight)))
+        size = chunk_rows(len(self.weight))
         return [slice(begin, begin + size) for begin in range(0, len(self), size)]
 
     def logits(self, rows: slice) -> Tensor:
         """(t, V) float32 logits of a chunk, divided by the temperature."""
-        logits = F.linear(self.hidden[rows], self.weight).float()
+        logits = F.linear(self.hidden[rows], self.weight)
         self._count(len(logits))
-        return logits if self.temperature == 1.0 else logits / self.temperature
+        return tempered(logits, self.temperature)
 
     def log_probs(self) -> Iterator[tuple[slice, Tensor]]:
         """Chunks and their (t, V) log-probabilities."""

@@ -93,11 +93,10 @@ def _check_disk(backend: Backend, folder: Path) -> None:
 def _check_memory(backend: Backend, optimiser: Optimiser, prompt: Tensor, rollout: RolloutConfig) -> None:
     config = backend.config
     batch = _longest(prompt, rollout, config.tokens_per_pass)
-    parameters = list(backend.policy.parameters().values())
     backend.rest()
     try:
         # What AdamW keeps comes with its first step, and has to fit beside the activations and beside the engine.
-        moments = [torch.empty_like(value) for value in parameters if not optimiser.adam.state for _ in range(2)]
+        moments = _moments(optimiser)
         piece = max(backend.split(batch), key=lambda piece: piece.cost).rollouts
         seen = backend.score(piece, rollout.temperature)
         optimiser.rehearse(seen.log_prob.mean() + seen.entropy.mean())
@@ -137,9 +136,8 @@ def _check_decoding(backend: Backend, optimiser: Optimiser, prompt: Tensor, roll
     """
     if type(backend) is not TransformersBackend or prompt.device.type in UNTRIED:
         return
-    weights = [value for value in optimiser.parameters if not optimiser.adam.state]
     try:
-        moments = [torch.empty_like(value) for value in weights for _ in range(2)]  # kept while a run samples
+        moments = _moments(optimiser)  # kept while a run samples
         backend.rehearse(prompt, rollout.max_tokens, rollout.temperature)
         del moments
     except torch.OutOfMemoryError as error:
@@ -147,6 +145,11 @@ def _check_decoding(backend: Backend, optimiser: Optimiser, prompt: Tensor, roll
             f"decoding {backend.config.rows_per_decode} rollouts of {len(prompt)} + {rollout.max_tokens} tokens at a "
             "time does not fit the memory: lower backend.rows_per_decode"
         ) from error
+
+
+def _moments(optimiser: Optimiser) -> list[Tensor]:
+    """Room for the two moments of every weight that AdamW keeps from its first step on; none where it has them."""
+    return [torch.empty_like(value) for value in optimiser.parameters if not optimiser.adam.state for _ in range(2)]
 
 
 def _longest(prompt: Tensor, rollout: RolloutConfig, tokens_per_pass: int) -> Rollouts:

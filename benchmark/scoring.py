@@ -34,9 +34,19 @@ class TokenStatistics:
     sum_p2_log_p: Tensor
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits in float32, divided by the temperature."""
+    logits = logits.float()
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def chunk_rows(words: int) -> int:
+    """How many tokens' logits over `words` may exist at a time: at most 4,096, and at most `LOGITS` logits."""
+    return max(1, min(4096, LOGITS // words))
+
+
 def _log_softmax(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    logits = F.linear(hidden, head).float()
-    return F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    return F.log_softmax(tempered(F.linear(hidden, head), temperature), dim=-1)
 
 
 class _VocabularyStatistics(torch.autograd.Function):
@@ -99,10 +109,10 @@ def vocabulary_statistics(
 
     Args:
         hidden: (T, d). head: (V, d). targets: (T,) int64.
-        rows: rows whose logits exist at a time (memory: about 3 * rows * V floats); ``None`` is at most 4,096 and at
-            most `LOGITS` logits.
+        rows: rows whose logits exist at a time (memory: about 3 * rows * V floats); ``None`` is
+            `chunk_rows`.
     """
-    rows = rows or max(1, min(4096, LOGITS // len(head)))
+    rows = rows or chunk_rows(len(head))
     values = _VocabularyStatistics.apply(hidden, head, targets, temperature, rows)  # type: ignore[no-untyped-call]
     return TokenStatistics(*values)
 

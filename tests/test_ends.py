@@ -13,7 +13,7 @@ import transformers
 
 from benchmark import backend_vllm
 from benchmark.backend import Request, make
-from benchmark.backend_vllm import Answer, Engine
+from benchmark.backend_vllm import Answer, Sampler
 from benchmark.config_model import BackendConfig, TemplateConfig, VLLMConfig
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts
@@ -105,17 +105,17 @@ def test_the_verifier_reads_an_answer_without_the_token_that_ended_it(tmp_path: 
     assert policy.decode([[5, 7], [7, 5], [7, 1], [5], [7, 7]]) == [five + seven, seven, seven, "", seven + seven]
 
 
-class Scripted(Engine):
+class Scripted(Sampler):
     """Stands for vLLM: keeps what it was asked for, and stops there."""
 
-    def __init__(self, _: VLLMConfig) -> None:
+    def __init__(self, *_: object) -> None:
         self.settings: list[dict[str, Any]] = []
 
     def sample(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Answer]:
         self.settings += settings
         return [Answer([7, one["stop_token_ids"][-1]], [-1.0, -1.0], True) for one in settings]
 
-    def load(self, file: Path) -> None:
+    def load(self, file: Path) -> list[str]:
         raise NotImplementedError
 
 

@@ -416,7 +416,7 @@ def devices(line: str) -> set[str]:
 LAUNCHES = [
     block.replace("\\\n", " ").splitlines()
     for block in re.findall(r"```console\n(.*?)```", DOC.read_text(), flags=re.DOTALL)
-    if "backend.vllm.url=" in block
+    if "benchmark.vllm_server" in block and "backend.vllm.url=" in block
 ]
 
 
