@@ -23,9 +23,20 @@ from analysis.results import read_json
 from benchmark.errors import InputError
 from benchmark.jsonl import PARTIAL
 from benchmark.opening import check_folder, check_plan
-from benchmark.seal import CONFIG, MANIFEST, RESULT, Contents, contents, file_hash, is_sealed
+from benchmark.seal import CONFIG, LEASES, MANIFEST, PLAN, RESULT, Contents, contents, file_hash, is_sealed
 
 REPORT = "REPORT.md"
+OF_A_RUN: tuple[str, ...] = (
+    CONFIG,
+    RESULT,
+    "progress.json",
+    "failure.json",
+    "run.log",
+    "ledger.jsonl",
+    "timings.jsonl",
+)
+OF_A_RUN += ("metrics.jsonl", "evaluation.jsonl", "allocation.jsonl", "traces.jsonl", LEASES, "checkpoint", "policy")
+"""What a run writes into its folder; a study's own folder has none of it."""
 
 
 @dataclass
@@ -76,7 +87,8 @@ def _old_runs(folder: Path, found: Contents) -> Iterator[str]:
     """Folders of ended runs whose result has no seal."""
     for name in found.loose:
         place, _, base = name.rpartition("/")
-        if base == RESULT and (folder / place / CONFIG).exists():
+        beside = folder / place
+        if base == RESULT and (beside / CONFIG).exists() and not (beside / PLAN).exists():
             yield place
 
 
@@ -114,13 +126,22 @@ def _check_files(folder: Path, found: Contents, done: Audit) -> None:
             done.wrong.append(f"{name}: is missing")
         elif file_hash(path) != sha:
             done.wrong.append(f"{name}: its bytes changed since its hash was taken")
+    strays = [_place(part, name) for part in ("", *found.parts) for name in _strays(folder / part)]
+    done.wrong += [f"{name}: is of a run, and a study's runs lie in cells/; move it away" for name in strays]
     for name in found.loose + [n for part in found.parts for n in _loose(folder, part)]:
+        if any(name == stray or name.startswith(f"{stray}/") for stray in strays):
+            continue
         if name in vouched or any(name.startswith(_place(run, "")) for run in broken):
             continue
         _unvouched(name, found, known, done)
     done.checked.append(f"{counted(len(vouched) + len(found.sealed), 'file')} by hash")
     if found.unfinished:
         done.lacks.append(f"{counted(len(found.unfinished), 'run')} not finished: {', '.join(found.unfinished)}")
+
+
+def _strays(folder: Path) -> list[str]:
+    """What a run left in the folder of a study itself."""
+    return [name for name in OF_A_RUN if (folder / name).exists()] if (folder / PLAN).exists() else []
 
 
 def _loose(folder: Path, part: str) -> list[str]:
@@ -170,7 +191,7 @@ def _compare_runs(runs: dict[str, RunFindings], done: Audit) -> None:
 
 def _check_study(folder: Path, part: str, done: Audit) -> None:
     """The plan of a study or sweep, and its report made again; the report alone where there is no plan."""
-    if not (folder / "plan.json").exists():
+    if not (folder / PLAN).exists():
         if any((folder / settings).exists() for settings in WITHOUT_PLAN):
             try:
                 _check_report(folder, part, done)
@@ -178,7 +199,7 @@ def _check_study(folder: Path, part: str, done: Audit) -> None:
                 done.wrong.append(str(error))
         return
     try:
-        plan = read_json(folder / "plan.json") or {}
+        plan = read_json(folder / PLAN) or {}
         check_plan(folder, plan)
         for cell in plan["cells"]:
             result = read_json(folder / cell["dir"] / RESULT)

@@ -124,16 +124,8 @@ def compare(folder: Path, arm: str, other: str, metric: str | None = None) -> Co
             value=chosen,
             remedy=f"Choose one of {', '.join(study.metrics)}",
         )
-    for name in (arm, other):
-        _require(study, name)
-    if arm == other:
-        raise InputError("compared with itself", key="arm", value=arm, remedy="Name two arms")
     scores = Scores(study)
-    found = [d for d in scores.differences([(arm, other)], chosen) if d.family == AVERAGE]
-    if not found:
-        remedy = f"Run what is missing: rolloutbench study {study.name}"
-        raise InputError(f"{arm} and {other} have no finished seed in common", file=folder, remedy=remedy)
-    d = found[0]
+    d = next(d for d in differences(scores, arm, other, chosen) if d.family == AVERAGE)
     ahead = arm if d.mean > 0 else other
     effect = max(abs(d.mean), SMALLEST_OF_INTEREST)
     return Comparison(
@@ -147,6 +139,24 @@ def compare(folder: Path, arm: str, other: str, metric: str | None = None) -> Co
         effect,
         seeds_for(effect, [d]) if d.seeds > 1 and d.error > 0 else None,
     )
+
+
+def differences(scores: Scores, arm: str, other: str, metric: str) -> list[Difference]:
+    """Paired final differences of two arms, over all families first.
+
+    Raises:
+        InputError: an arm without a finished run, one arm twice, or no seed in common.
+    """
+    study = scores.study
+    for name in (arm, other):
+        _require(study, name)
+    if arm == other:
+        raise InputError("compared with itself", key="arm", value=arm, remedy="Name two arms")
+    found = scores.differences([(arm, other)], metric)
+    if not found:
+        remedy = f"Run what is missing: rolloutbench study {study.name}"
+        raise InputError(f"{arm} and {other} have no finished seed in common", file=study.folder, remedy=remedy)
+    return found
 
 
 def _require(study: Study, arm: str) -> None:

@@ -50,6 +50,11 @@ def load_trials(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(["arm", "trial"], kind="stable", ignore_index=True)
 
 
+def has_trials(folder: Path) -> bool:
+    """Whether `load_trials` finds trials in a folder, or in the journal that it is."""
+    return folder.is_file() or (folder / "tables" / TRIALS).is_file() or bool(_journals(folder))
+
+
 def journal_of(folder: Path) -> Path:
     """The Optuna journal in a folder, or the file itself.
 

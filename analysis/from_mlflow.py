@@ -6,15 +6,19 @@ and read like any other results.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from analysis.formatting import counted
 from analysis.results import Study, load_study
 from benchmark.errors import InputError
-from benchmark.mirror import RECORDS
+from benchmark.mirror import RECORDS, TRACES
 from benchmark.mirror_store import redact
+from benchmark.seal import listed_files
 
+VARIANCE = "gradient_variance.json"
 CELL = "rolloutbench.cell"
 KEY = "rolloutbench.key"
 
@@ -33,7 +37,12 @@ def load_from_mlflow(tracking_uri: str, experiment: str, folder: Path) -> Study:
 
 
 def bring(tracking_uri: str, experiment: str, folder: Path) -> Path:
-    """Write ``plan.json`` and the cells' records of the latest mirror of an experiment below `folder`; returns it.
+    """Write the plan, the gradient variance and the cells' records of an experiment's latest mirror below `folder`.
+
+    What an older mirror lacks of them is named in a line of stderr.
+
+    Returns:
+        `folder`.
 
     Raises:
         InputError: as `load_from_mlflow`.
@@ -50,7 +59,10 @@ def bring(tracking_uri: str, experiment: str, folder: Path) -> Path:
     parent = parents[0]
     folder.mkdir(parents=True, exist_ok=True)
     _download(client, parent.info.run_id, "plan.json", folder)
+    if any(file.path == VARIANCE for file in client.list_artifacts(parent.info.run_id)):
+        _download(client, parent.info.run_id, VARIANCE, folder)
     children = [run for run in runs if run.data.tags.get(KEY) == parent.data.tags[KEY] and run.data.tags.get(CELL)]
+    untraced = 0
     for run in children:
         if run.info.status != "FINISHED":
             continue
@@ -65,8 +77,12 @@ def bring(tracking_uri: str, experiment: str, folder: Path) -> Path:
                 value=experiment,
                 remedy="Run `rolloutbench mirror --rebuild DIR` with the study's folder",
             )
-        for name in ("config.yaml", *RECORDS):
+        for name in ("config.yaml", *RECORDS, *([TRACES] if TRACES in held else [])):
             _download(client, run.info.run_id, name, cell)
+        untraced += TRACES not in held and TRACES in (listed_files(cell / "result.json") or {})
+    if untraced:
+        what = f"not in MLflow: {TRACES} of {counted(untraced, 'run')}, and so no figures of tokens"
+        print(f"{what}; `rolloutbench mirror --rebuild DIR` adds them, --source files has them", file=sys.stderr)
     return folder
 
 

@@ -14,23 +14,13 @@ from analysis import table_scores, table_spend
 from analysis.comparisons import Scores
 from analysis.figures import Plans, paper_figures, write_paper_figures
 from analysis.from_mlflow import bring, bring_tables
+from analysis.notebook_choice import SOURCES, locate
 from analysis.results import load_study
 from analysis.tables import Table
 from benchmark.errors import InputError
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
-
-SOURCES = ("files", "mlflow")
-
-
-def locate(path: str) -> Path:
-    """A path relative to the working directory, or to the nearest folder above that has it (notebooks move)."""
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / path).exists():
-            return folder / path
-    return Path(path)
 
 
 def open_study(results: str, source: str, tracking_uri: str) -> Scores:

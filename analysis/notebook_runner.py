@@ -10,25 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from analysis.notebook_choice import (
+    MADE_BY,
+    NOTEBOOKS,
+    RESULTS,
+    check_results,
+    fitting,
+    locate,
+    parameters_of,
+)
 from benchmark.errors import InputError
 from benchmark.installing import install_line
-
-NOTEBOOKS = Path(__file__).parent / "notebooks"
-RESULTS = {
-    "main_results": "main_table",
-    "ablation": "ablation",
-    "gradient_variance": "variance",
-    "sweep": "sweeps/modulation",
-    "your_method": "main_table",
-}
-"""The notebooks, and the folder of ``results/`` that each reads by default: where the nox sessions put them."""
-MADE_BY = {
-    "main_table": "nox -s reproduce_main_table",
-    "ablation": "nox -s ablation",
-    "variance": "nox -s variance",
-    "sweeps/modulation": "nox -s sweep",
-}
-"""The command that makes each folder."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +40,20 @@ def execute(name: str, folder: Path, out: Path, parameters: Mapping[str, Any]) -
         out: where figures and the copy go. parameters: of its first cell, beside ``results`` and ``out``.
 
     Raises:
-        InputError: papermill is missing, or a cell failed; the error names the notebook, and what the cell said.
+        InputError: papermill is missing, `folder` lacks what the notebook reads, or a cell failed; the error names the
+            notebook, and what the cell said.
     """
     try:
         import papermill
         from papermill.exceptions import PapermillExecutionError
         from traitlets.config import Config
+
+        from analysis.notebook_kernel import QuietKernelManager
     except ImportError as error:
         remedy = f"Run `{install_line('figures')}`, or `nox -s figures`"
         raise InputError(f"cannot be executed ({error})", key="notebook", value=name, remedy=remedy) from error
+    if parameters.get("source") != "mlflow":
+        check_results(name, locate(str(folder)), parameters)
     out.mkdir(parents=True, exist_ok=True)
     given = {**parameters, "results": str(folder), "out": str(out)}
     copy = out / f"{name}.ipynb"
@@ -73,6 +70,7 @@ def execute(name: str, folder: Path, out: Path, parameters: Mapping[str, Any]) -
                 start_timeout=600,  # seconds; a busy machine takes its time to import
                 cwd=str(Path.cwd()),
                 config=transport,
+                kernel_manager_class=QuietKernelManager,
             )
         except PapermillExecutionError as error:
             what = f"a cell failed ({error.ename}: {error.evalue})"
@@ -82,18 +80,34 @@ def execute(name: str, folder: Path, out: Path, parameters: Mapping[str, Any]) -
 
 
 def execute_all(results: Path, out: Path, parameters: Mapping[str, Any]) -> Iterator[Executed]:
-    """Every notebook whose results are below `results`; with ``source="mlflow"`` every one that the store has."""
-    for name, place in RESULTS.items():
-        folder = results / place
-        if parameters.get("source") == "mlflow":
-            try:
-                yield Executed(name, execute(name, folder, out, parameters))
-            except InputError as error:
-                yield Executed(name, reason=str(error))
-        elif not folder.is_dir():
-            yield Executed(name, reason=f"there is no {folder}; `{MADE_BY[place]}` makes it")
-        else:
-            yield Executed(name, execute(name, folder, out, parameters))
+    """Every notebook that `results` or a folder below it is for; with ``source="mlflow"`` every one the store has."""
+    mlflow = parameters.get("source") == "mlflow"
+    alone = [] if mlflow else fitting(results)
+    for name in alone or RESULTS:
+        folder = results if alone else results / RESULTS[name]
+        own = {key: value for key, value in parameters.items() if key in parameters_of(name)}
+        if not mlflow and not folder.is_dir():
+            yield Executed(name, reason=f"there is no {folder}; `{MADE_BY[RESULTS[name]]}` makes it")
+            continue
+        reason = _lack(name, folder, own) if alone else ""
+        yield Executed(name, reason=reason) if reason else _executed(name, folder, out, own)
+
+
+def _lack(name: str, folder: Path, parameters: Mapping[str, Any]) -> str:
+    try:
+        check_results(name, folder, parameters)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _executed(name: str, folder: Path, out: Path, parameters: Mapping[str, Any]) -> Executed:
+    try:
+        return Executed(name, execute(name, folder, out, parameters))
+    except InputError as error:
+        if parameters.get("source") != "mlflow":
+            raise
+        return Executed(name, reason=str(error))
 
 
 @contextlib.contextmanager

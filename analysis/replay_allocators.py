@@ -21,7 +21,7 @@ from analysis.replay_log import CountLog, Floats, Ints
 from analysis.replay_predictors import RESAMPLES, Rule, decayed, remembered
 from benchmark import registry, streams
 from benchmark.errors import InputError
-from benchmark.history import HistoryView
+from benchmark.history import HistoryView, PromptHistory
 from benchmark.method import Method
 from methods.allocation import bounds, min_variance_allocation
 from methods.neyman import NeymanAllocation
@@ -52,14 +52,21 @@ class Replayed:
 
 
 def views(log: CountLog, half_life: float | None) -> list[tuple[Ints, HistoryView]]:
-    """Per visit t > 1: the prompts that have one (numbers of the log) and what was remembered of them before."""
+    """Per visit t > 1: the prompts that have one (numbers of the log) and what was remembered of them before.
+
+    A visit of all prompts is a step of the run.
+    """
     S, N = remembered(log, half_life)
+    steps = PromptHistory(0)
     found = []
     for visit in range(1, log.correct.shape[1]):
         rows = np.flatnonzero(log.seen[:, visit])
         last_correct, last_trials = log.correct[rows, visit - 1], log.trials[rows, visit - 1]
         past = np.full(len(rows), visit, dtype=np.int64)
-        found.append((rows, HistoryView(S[rows, visit], N[rows, visit], past, last_correct, last_trials)))
+        before = log.seen[:, visit - 1]
+        steps.record_step(log.correct[before, visit - 1].astype(float), log.trials[before, visit - 1].astype(float))
+        view = HistoryView(S[rows, visit], N[rows, visit], past, last_correct, last_trials, batches=steps.batches)
+        found.append((rows, view))
     return found
 
 

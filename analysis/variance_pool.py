@@ -69,7 +69,7 @@ class Bench:
             torch.full((len(prompts),), each, device=self.device),
             torch.from_numpy(streams.uniforms(keys, lanes, self.rollout.max_tokens)).float().to(self.device),
             max_tokens=self.rollout.max_tokens,
-            end=self.policy.end,
+            ends=self.policy.ends,
             temperature=self.rollout.temperature,
         )
         golds = [self.pool.items[prompts[p]].answer for p in drawn.prompt.tolist()]

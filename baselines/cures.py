@@ -3,10 +3,11 @@
     P(prompt i is next) ~ exp(sqrt(p_i q_i) / temperature),    q_i = 1 - p_i
     n_i ~ sigma_i,    sigma_i^2 = p q^2 E|G_c|^2 + p^2 q E|G_w|^2 - p^2 q^2 (E|G_c| - E|G_w|)^2
 
-p_i is the mean of a Beta(1 + successes, 1 + failures) posterior over all rollouts, the probe's included; G_c and G_w
-are grad log pi of the probe's right and wrong rollouts, with respect to the token embedding. Equal ones leave
-sigma = |G| sqrt(p q): a class the probe did not show takes the other's. n_i minimises sum sigma_i^2 / n_i in whole
-numbers. Prompts are drawn without replacement from `pool` candidates per place.
+p_i is the mean of a Beta(1 + successes, 1 + failures) posterior over the remembered rollouts and, in the allocation,
+the present probe's; no probe enters the history, so earlier ones do not count. G_c and G_w are grad log pi of the
+probe's right and wrong rollouts, with respect to the token embedding. Equal ones leave sigma = |G| sqrt(p q): a class
+the probe did not show takes the other's. n_i minimises sum sigma_i^2 / n_i in whole numbers. Prompts are drawn without
+replacement from `pool` candidates per place.
 
 The temperature was not in the text read. The released sampler's exponent, sqrt(p q) / (100 (alpha + 1)), is at most
 .005, uniform to half a per cent: ``temperature = 100`` or more. 0.25 lets p = .5 come 7 times as often as p = 0.

@@ -3,16 +3,20 @@
     L_t = -A_t sg(min(r_t, truncation)) M_t log pi_t
     M_t = 0 where the step leads further away: A > 0, pi > mu and D > delta, or A < 0, pi < mu and D > delta; else 1
 
-mu is the policy that sampled (not one recomputed later: it says the anchor is essential). D is the divergence of the
-sampled token against all others:
+mu is the policy that sampled, by the log-probabilities that the sampler told, in r = pi / mu, in the direction and in D
+(it says the anchor is essential); no importance weight of the update comes on top. `recompute` is the released code's
+ablation: D and the direction start from the trainer's log-probabilities under the same weights, r from mu as before.
+The two differ where the backend is not exact (vLLM, bfloat16 passes). D is the divergence of the sampled token against
+all others:
 
     binary TV:  |pi - mu|                                               delta 0.15
     binary KL:  mu log(mu / pi) + (1 - mu) log((1 - mu) / (1 - pi))     delta 0.05
 
 With `top_k` the other tokens are not one: D is the divergence over the k most probable tokens of mu, the sampled token
 and the rest of both policies, 1/2 sum |pi - mu| or KL(mu || pi). k = 0 is binary, k = V the whole vocabulary. A large
-system ships k ids and probabilities with every rollout; here mu's output layer is computed once more for the batch, one
-forward pass, charged.
+system ships k ids and probabilities with every rollout; here the trainer computes mu's output layer once more for the
+batch, one forward pass, charged. Where the backend is not exact, D is then that of `recompute`; r and the direction are
+not.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import torch
 from torch import Tensor
 
 from baselines.grpo import GRPO
-from benchmark.method import Change, Loss, Need, TokenCredit, Tokens
+from benchmark.method import Anchor, Change, Loss, Need, TokenCredit, Tokens
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,13 @@ class DPPOTV(GRPO):
     changes: ClassVar[tuple[Change, ...]] = ("loss", "token")
     reference: ClassVar[str] = "2602.04879"
     faithful_to: ClassVar[str] = "the released code's dppo_tv"
+    anchor: ClassVar[Anchor] = "rollout"
 
     loss: Loss = field(default_factory=lambda: Loss(surrogate="log_likelihood"))
     delta: float = 0.15
     truncation: float = 20.0
     top_k: int | None = None
+    recompute: bool = False
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -56,11 +62,13 @@ class DPPOTV(GRPO):
 
     def modulate(self, tokens: Tokens) -> TokenCredit:
         """A min(r, truncation), 0 outside the trust region, (T,)."""
-        pi, mu, A = tokens.log_prob.exp(), tokens.old_log_prob.exp(), tokens.advantage
+        log_mu = tokens.old_log_prob if self.recompute else tokens.rollout_log_prob
+        pi, mu, A = tokens.log_prob.exp(), log_mu.exp(), tokens.advantage
         away = ((A > 0) & (pi > mu)) | ((A < 0) & (pi < mu))
         far = self.divergence(pi, mu) if self.top_k is None else self._top_k(tokens, self.top_k)
         outside = away & (far > self.delta)
-        return TokenCredit(torch.where(outside, 0.0, A * tokens.ratio.clamp(max=self.truncation)))
+        r = torch.exp(tokens.log_prob - tokens.rollout_log_prob)
+        return TokenCredit(torch.where(outside, 0.0, A * r.clamp(max=self.truncation)))
 
     def _top_k(self, tokens: Tokens, k: int) -> Tensor:
         """Divergence over k tokens of mu, the sampled one and the rest, (T,)."""

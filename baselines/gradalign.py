@@ -4,9 +4,10 @@
 
 Of every `pool` candidates the one share with the largest scores is trained on; a group without an advantage scores 0.
 Candidates and trusted prompts are sampled anew for every batch and their gradients, over all weights, are charged. The
-published setting scores 20 candidates a place with up to 128 rollouts each, once for ten updates. Noise in g_i biases
-its cosine to 0; ``debiased`` divides by an estimate of |E g_i| |E v| from split halves instead (ours), ``dot`` by
-nothing (in the released code).
+published setting scores 20 candidates a place with up to 128 rollouts each, once for ten updates. ``dot`` (in the
+released code) divides by nothing. Noise in g_i biases its cosine to 0; ``debiased`` (ours) credits the even and the odd
+rollouts of a group apart and divides by |E g_i| |E v| as their gradients agree, each norm estimated at half of what was
+measured or more, so that no score grows beyond four times its cosine by chance (`benchmark.probing.alignment`).
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ loss that is convex in them:
     lch:  sum_b log cosh(z_b - z*_b)
     kld:  KL(pi* || pi)
 
-pi_old is the policy that sampled, over the whole vocabulary: one more forward pass of the batch, charged. beta is ours;
-sums over the vocabulary where a source may average: a factor that Adam takes out.
+pi_old is the policy that sampled, over the whole vocabulary, as the trainer computes it: one more forward pass of the
+batch, charged. beta is ours; sums over the vocabulary where a source may average: a factor that Adam takes out.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ The exact off-policy weight of token t is the product of ratios up to it, which 
 
     w_t = rho_t min_{j < t} rho_j,    rho = pi / pi_old,    min over nothing = 1
 
-with the gradient of rho_t; tokens that PPO's clip range stops lose it. How the original clips is not known to us.
+with the gradient of rho_t; tokens that PPO's clip range stops lose it. How the original clips is not known to us, nor
+whether it takes pi_old from the sampler; here it is the trainer's, as in GRPO (`Tokens.old_log_prob`).
 """
 
 from __future__ import annotations

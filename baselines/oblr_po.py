@@ -8,7 +8,8 @@ formulas are the standard ones behind those words: the baseline that minimises t
 and the step that minimises the bound of an L-smooth objective, SNR / (1 + SNR) / L. ||G||^2 is that of the output
 layer, exactly; |grad J|^2 and the sum come from the gradients of two half-batches, <g1, g2> and |(g1 + g2) / 2|^2,
 as running means over updates. 1 / L is unknown: eta multiplies the configured learning rate (under Adam, which already
-rescales), and the default scale makes it about 1 on average at the default scale, where the ratio is about 0.06.
+rescales; the suite has no SGD). Scale and bounds are ours: on the shipped policy the factor averages 0.3 to 1 over a
+run, so a constant lower rate is the control that a comparison needs (configs/studies/off_policy.yaml has it).
 """
 
 from __future__ import annotations

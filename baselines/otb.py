@@ -4,7 +4,12 @@
     W_ijt = sum_{t' <= t} (1 - 2 pi_t' + sum_b pi_b^2)        squared norms of the logits' score, up to t
     A_ijt = r_ij - B_it
 
-W is that of the current policy; verl takes the rollout policy's, which is the same in the first update of a batch.
+W is that of the current policy; verl takes pi_old's, which is the same in the first update of a batch, and scales it by
+squared importance weights where it corrects for the sampler.
+
+Where one rollout alone reaches a position, B is its own reward and A = 0: past the end of the second longest of a
+group, and in a group of one. verl has B = 0 there, so A = r (`zero_tail`): in a group of one always, past the second
+longest by ``handle_zero_tail``, which its signatures switch on (a docstring of one says off).
 """
 
 from __future__ import annotations
@@ -23,12 +28,18 @@ from benchmark.method import Change, TokenCredit, Tokens
 
 @dataclass(frozen=True)
 class OTB(GRPO):
-    """A baseline for each position, weighted by cumulative score norms."""
+    """A baseline for each position, weighted by cumulative score norms.
+
+    Attributes:
+        zero_tail: the baseline is 0 where one rollout of the prompt alone reaches the position.
+    """
 
     family: ClassVar[str] = "baseline"
     changes: ClassVar[tuple[Change, ...]] = ("baseline", "advantage", "token")
     reference: ClassVar[str] = "verl"
-    faithful_to: ClassVar[str] = "verl's optimal token baseline, inside GRPO's clipped, token-mean loss"
+    faithful_to: ClassVar[str] = "verl's optimal token baseline, zero_tail off, inside GRPO's clipped, token-mean loss"
+
+    zero_tail: bool = False
 
     def credit(self, groups: Groups) -> Tensor:
         """The reward; the baseline follows per token, (R,)."""
@@ -43,4 +54,7 @@ class OTB(GRPO):
         cell, cells = tokens.prompt * width + place, (int(tokens.prompt.max()) + 1) * width
         total = segment_sum(W * tokens.advantage, cell, cells)
         weight = segment_sum(W, cell, cells).clamp(min=torch.finfo(W.dtype).tiny)
-        return TokenCredit(tokens.advantage - (total / weight)[cell])
+        baseline = total / weight
+        if self.zero_tail:
+            baseline = torch.where(segment_sum(torch.ones_like(W), cell, cells) > 1, baseline, 0.0)
+        return TokenCredit(tokens.advantage - baseline[cell])

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from baselines.grpo import GRPO
+from baselines.grpo import GRPO, normalised
 from benchmark.groups import Groups
 from benchmark.method import Change, Kind, Loss
 
@@ -52,10 +52,15 @@ class TRLGRPO(GRPO):
             raise ValueError("epsilon is fixed at 1e-4 by TRL, and its entropy bonus is averaged in another way")
         if self.batch_normaliser and loss.aggregation != "token_mean":
             raise ValueError("batch_normaliser belongs to token_mean")
+        if loss.dual_clip is not None and loss.dual_clip < 1 + loss.clip_high:
+            raise ValueError("TRL's dual_clip caps ratios of both signs: let it be at least 1 + clip_high")
 
     def credit(self, groups: Groups) -> Tensor:
         """(r - mean) / (std + 1e-4), or r - mean, (R,): what TRL computes itself."""
-        return super().credit(groups) if self.scale_rewards == "group" else groups.centred(groups.reward)
+        return self._scaled(groups, groups.reward)
+
+    def _scaled(self, groups: Groups, reward: Tensor) -> Tensor:
+        return normalised(groups, reward, self.epsilon) if self.scale_rewards == "group" else groups.centred(reward)
 
     def grpo_config(self) -> Mapping[str, Any]:
         """Arguments of `trl.GRPOConfig`."""
@@ -93,7 +98,7 @@ class TRLDAPO(TRLGRPO):
         buffer = int(self.buffer_fraction * groups.max_tokens)
         late = (groups.length - (groups.max_tokens - buffer)).float() / max(1, buffer)
         shaped = groups.reward - self.overlong_factor * late.clamp(0, 1)
-        return groups.centred(shaped) / (groups.std(shaped)[groups.prompt] + self.epsilon)
+        return self._scaled(groups, shaped)
 
     @property
     def overlong(self) -> tuple[float, float]:

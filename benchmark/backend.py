@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -190,7 +191,7 @@ class NativeBackend(Backend):
             torch.from_numpy(request.counts).to(device),
             request.uniforms(device),
             max_tokens=request.max_tokens,
-            end=self.policy.end,
+            ends=self.policy.ends,
             temperature=request.temperature,
         )
 
@@ -265,11 +266,14 @@ def by_length(batch: Rollouts, limit: int, parts: int = 1) -> list[Piece]:
     return [Piece(batch.ungrouped(rows), ragged_index(rows, batch.length)) for rows in chosen]
 
 
-def make(policy: Policy, config: BackendConfig, model: str | Path = "") -> Backend:
+def make(
+    policy: Policy, config: BackendConfig, model: str | Path = "", should_stop: Callable[[], bool] = lambda: False
+) -> Backend:
     """The backend of `config`; `model` is where the policy was read, for an engine that makes its own copy.
 
     Raises:
-        InputError: what it needs is not installed, or it cannot run this model.
+        InputError: what it needs is not installed, or it cannot run this model, or no server answers.
+        Interrupted: `should_stop` became true while it waited for a server.
     """
     if config.name == "transformers":
         from benchmark.backend_transformers import TransformersBackend
@@ -278,5 +282,5 @@ def make(policy: Policy, config: BackendConfig, model: str | Path = "") -> Backe
     if config.name == "vllm":
         from benchmark.backend_vllm import VLLMBackend
 
-        return VLLMBackend(policy, config, str(model))
+        return VLLMBackend(policy, config, str(model), should_stop)
     return NativeBackend(policy, config)

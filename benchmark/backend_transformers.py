@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmark import sharding
 from benchmark.backend import Backend, Piece, Request, by_length, by_rollouts
 from benchmark.config_model import BackendConfig
-from benchmark.decode import COMPACT_BELOW, sample
+from benchmark.decode import COMPACT_BELOW, ended, sample
 from benchmark.errors import InputError
 from benchmark.policy import Policy
 from benchmark.rollouts import Rollouts, concatenate, starts
@@ -88,9 +88,9 @@ class TransformersBackend(Backend):
             token = sample(log_p, uniforms[row, step])
             tokens[row, step] = token
             log_probs[row, step] = log_p.gather(1, token[:, None]).squeeze(1)
-            ended = (token == self.policy.end) & ~done
-            length[row[ended]], finished[row[ended]] = step + 1, True
-            done |= ended
+            last = ended(token, self.policy.ends) & ~done
+            length[row[last]], finished[row[last]] = step + 1, True
+            done |= last
             live = len(done) - int(done.sum())
             if live == 0 or step + 1 == limit:
                 break
@@ -104,6 +104,25 @@ class TransformersBackend(Backend):
         inside = torch.arange(limit, device=device) < length[:, None]
         flat = torch.cat(prompts)
         return Rollouts(flat, prompt_length, owner, tokens[inside], length, log_probs[inside], finished)
+
+    @torch.no_grad()
+    def rehearse(self, prompt: Tensor, max_tokens: int, temperature: float) -> None:
+        """The step of decoding that takes the most memory: ``rows_per_decode`` rollouts at the last of `max_tokens`.
+
+        Args:
+            prompt: (L,) ids, L >= 1. max_tokens: >= 1. temperature: of the softmax.
+        """
+        rows, model = self.config.rows_per_decode, self.policy.model
+        text = torch.cat([prompt, prompt[:1].expand(max_tokens - 1)])
+        model.eval()
+        with self.whole(), self._precision(), _checkpointing_off(model):
+            _, cache, _ = self._prefill([text], torch.tensor([len(text)], device=self.device))
+            cache.batch_select_indices(torch.zeros(rows, dtype=torch.int64, device=self.device))
+            mask = torch.ones(rows, len(text) + 1, dtype=torch.int64, device=self.device)
+            hidden = self._hidden(text[:1].expand(rows, 1), mask, torch.full_like(mask[:, :1], len(text)), cache)[:, -1]
+            log_p = _log_softmax(hidden @ self.head.weight.to(hidden.dtype).t(), temperature)
+            sample(log_p, log_p.new_zeros(rows))
+        model.train()
 
     def _prefill(self, prompts: list[Tensor], prompt_length: Tensor) -> tuple[Tensor, Any, Tensor]:
         """Last hidden state (P, d), cache and attention mask (P, width) of left-padded prompts."""

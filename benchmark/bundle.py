@@ -91,7 +91,7 @@ def _tensors(batch: Minibatch | Rollouts) -> dict[str, Tensor]:
     rollouts = batch if isinstance(batch, Rollouts) else batch.rollouts
     found: dict[str, Tensor | None] = {f"rollouts/{name}": value for name, value in vars(rollouts).items()}
     if isinstance(batch, Minibatch):
-        found |= {"advantage": batch.advantage, "correction": batch.correction}
+        found |= {"advantage": batch.advantage, "rollout_log_prob": batch.rollout_log_prob}
         if batch.sampler is not None:
             found |= {"sampler/hidden": batch.sampler.hidden, "sampler/weight": batch.sampler.weight}
     return {name: value.detach().clone().contiguous() for name, value in found.items() if value is not None}
@@ -109,5 +109,5 @@ def _again(run: Run, tensors: dict[str, Tensor], about: dict[str, Any]) -> dict[
     head = None
     if "sampler/hidden" in there:
         head = Head(there["sampler/hidden"], there["sampler/weight"], rollouts.tokens, temperature)
-    given = (there["advantage"], there.get("correction"), head, about["step"], about["max_tokens"])
+    given = (there["advantage"], there.get("rollout_log_prob"), head, about["step"], about["max_tokens"])
     return run.updater.again(Minibatch(rollouts, *given))

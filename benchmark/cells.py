@@ -137,11 +137,15 @@ class Cell(Job):
         run(self.config, self.folder, should_stop=should_stop, fence=fence)
 
     def check(self) -> None:
-        """Refuse a folder that another run left its record in.
+        """Refuse a folder that another run, or a study, left its record in.
 
         Raises:
-            InputError: ``config.yaml`` there has another hash, or is no configuration of this version.
+            InputError: ``config.yaml`` there has another hash, or is no configuration of this version; or there is a
+                ``plan.json``.
         """
+        if (self.folder / "plan.json").exists():
+            what, remedy = "the folder holds a study, and a run would mix its record with that", "Choose another folder"
+            raise InputError(what, file=self.folder, remedy=remedy)
         path = self.folder / "config.yaml"
         if not path.exists():
             return

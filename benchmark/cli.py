@@ -9,74 +9,63 @@ import os
 import sys
 from dataclasses import asdict
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from benchmark.cli_audit import audit
-from benchmark.cli_author import check, complete_method, new_method
+from benchmark.cli_author import check, new_method
 from benchmark.cli_compare import compare
 from benchmark.cli_dashboard import dashboard
 from benchmark.cli_doctor import doctor
 from benchmark.cli_experiment import experiment
 from benchmark.cli_figures import figures
+from benchmark.cli_group import FAILED, INTERRUPTED, Group
 from benchmark.cli_replay import replay
 from benchmark.cli_replay_batch import replay_batch
 from benchmark.cli_sweep import sweep, typed
 from benchmark.cli_variance import variance
-from benchmark.errors import NO_NAME, REMEDIES, InputError, RunError, storage_error
-from benchmark.opening import check_folder, check_plan, printable
+from benchmark.completion import complete_config, complete_method
+from benchmark.errors import InputError
+from benchmark.opening import check_folder, check_out, check_plan
 
 if TYPE_CHECKING:
-    from benchmark.compose import Plan
     from benchmark.study import Outcome
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-COUNTED = ("rollouts", "tokens_generated", "flops")
-
-
-class _Group(TyperGroup):
-    """Turns the errors that users cause into one line and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except InputError as error:
-            typer.echo(printable(f"error: {error}"), err=True)
-            raise typer.Exit(BAD_INPUT) from None
-        except RunError as error:
-            typer.echo(printable(f"error: {error}"), err=True)
-            raise typer.Exit(FAILED) from None
-        except OSError as error:
-            if error.errno in NO_NAME:
-                typer.echo(printable(f"error: {error.filename}: {error.strerror}. Choose another name"), err=True)
-                raise typer.Exit(BAD_INPUT) from None
-            if error.errno not in REMEDIES:
-                raise
-            typer.echo(printable(f"error: {storage_error(error)}"), err=True)
-            raise typer.Exit(FAILED) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(INTERRUPTED) from None
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="RolloutBench: which RLVR method is really better at equal compute, by how much, and why.",
+    help="""RolloutBench: which RLVR method is really better at equal compute, by how much, and why.
+
+    \b
+    Examples:
+      rolloutbench study main_table --scale smoke
+      rolloutbench compare dynamo grpo
+      rolloutbench run --help
+    """,
 )
 
-Scale = Annotated[str, typer.Option(help="File of configs/scales, or a path.")]
-Task = Annotated[str | None, typer.Option(help="File of configs/tasks, or a path; the scale's by default.")]
+complete_scale, complete_task = complete_config("scales"), complete_config("tasks")
+Scale = Annotated[str, typer.Option(help="File of configs/scales, or a path.", autocompletion=complete_scale)]
+Task = Annotated[
+    str | None,
+    typer.Option(help="File of configs/tasks, or a path; the scale's by default.", autocompletion=complete_task),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value; repeatable.")]
 Budget = Annotated[
     str | None,
     typer.Option(metavar="CURRENCY=AMOUNT", help="tokens_generated=800000 or rollouts=4096; the scale's by default."),
+]
+StudyFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY",
+        help="A study file, or the name of one in configs/studies.",
+        autocompletion=complete_config("studies"),
+    ),
 ]
 Tracking = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow store that mirrors the results.")]
 STORE = "sqlite:///mlflow.db"
@@ -90,7 +79,10 @@ def run(
         typer.Argument(metavar="METHOD", help="An arm of `rolloutbench methods`.", autocompletion=complete_method),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML of a run, for instance a sweep's best.yaml.")] = None,
-    scale: Annotated[str | None, typer.Option(help="File of configs/scales, or a path; small by default.")] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(help="File of configs/scales, or a path; small by default.", autocompletion=complete_scale),
+    ] = None,
     task: Task = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed s of every arm shares its random streams.")] = 0,
     budget: Budget = None,
@@ -109,6 +101,7 @@ def run(
     from benchmark.study import run_single
 
     _one_thread()
+    check_out(out)
     asked = [*_budget(budget), *(options or [])]
     planned = compose_run(method, scale=scale, task=task, seed=seed, options=asked, file=config)
     _finish(run_single(planned, out), out)
@@ -118,8 +111,10 @@ def run(
 
 @app.command()
 def study(
-    file: Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of one in configs/studies.")],
-    scale: Annotated[str | None, typer.Option(help="A scale other than the study's.")] = None,
+    file: StudyFile,
+    scale: Annotated[
+        str | None, typer.Option(help="A scale other than the study's.", autocompletion=complete_scale)
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds; the study's by default.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
     budget: Budget = None,
@@ -149,14 +144,19 @@ def study(
       rolloutbench study main_table --scale paper-1.5b --ray auto --gpus-per-worker 1
     """
     from benchmark.compose import compose_study
+    from benchmark.reuse import check_studies
     from benchmark.study import run_study
     from benchmark.workers import Pool
 
     _one_thread()
     plan = compose_study(file, scale=scale, seeds=seeds, options=[*_budget(budget), *(options or [])])
     folder = out or Path("results") / plan.study.study
+    check_out(folder)
+    check_studies(reuse or ())
     if dry_run:
-        _show_plan(plan, folder, workers)
+        from benchmark.cli_plan import show_plan
+
+        show_plan(plan, folder, workers)
         return
     pool: Any = Pool
     if ray is not None:
@@ -321,6 +321,12 @@ def _budget(text: str | None) -> list[str]:
     currency, separator, amount = text.partition("=")
     if not separator:
         raise InputError("not CURRENCY=AMOUNT", key="--budget", value=text, remedy="Write --budget rollouts=4096")
+    from benchmark.config import BUDGET_CURRENCIES
+    from benchmark.layers import did_you_mean
+
+    if currency not in BUDGET_CURRENCIES:
+        remedy = did_you_mean(currency, BUDGET_CURRENCIES)
+        raise InputError("no budget has this currency", key="--budget", value=text, remedy=remedy)
     return [f"budget.currency={currency}", f"budget.amount={amount}"]
 
 
@@ -344,48 +350,6 @@ def _finish(outcome: Outcome, folder: Path) -> None:
     if outcome.failed:
         typer.echo(f"what failed is run again by: {typed()}", err=True)
         raise typer.Exit(FAILED)
-
-
-def _show_plan(plan: Plan, folder: Path, workers: int | None) -> None:
-    from analysis.formatting import counted
-    from benchmark.cells import Cell
-    from benchmark.compose import scale_pricing
-    from benchmark.estimate import ASSUMED_SD, detectable_difference, estimate, paired_sd
-    from benchmark.pricing import assumptions, closed_form
-    from benchmark.progress import duration, short
-    from benchmark.workers import default_workers
-
-    cells = [Cell.of(folder, config) for config in plan.runs]
-    for cell in cells:
-        mark = "done" if cell.result() is not None else "to run"
-        typer.echo(f"{mark:7}{cell.folder}")
-    probe, assumed = None, scale_pricing(plan.study.scale)
-    if assumed is not None:
-        probe = partial(closed_form, assumed=assumed)
-        typer.echo(assumptions(assumed))
-    elif cells and all(cell.result() is None for cell in cells):
-        probe = import_module("benchmark.run").measure_unit_prices
-    how = "measured now" if assumed is None else "in closed form"
-    cost, count = estimate(cells, probe, how), workers or default_workers()
-    typer.echo(f"{plan.study.study}: {counted(cost.cells, 'cell')}, {cost.missing_cells} to run; {cost.source}")
-    for label, amounts in (("all cells", cost.total), ("to run", cost.missing)):
-        known = [f"{currency} {short(amounts[currency])}" for currency in amounts if currency in COUNTED]
-        unknown = [currency for currency in COUNTED if currency not in amounts]
-        hours = f"about {duration(amounts['wall_seconds'] / count)}" if "wall_seconds" in amounts else "unknown time"
-        hours += f" with {counted(count, 'worker')}"
-        if assumed is not None and "evaluation_tokens" in amounts:
-            hours = f"about {amounts['wall_seconds'] / 3600:,.0f} GPU hours"
-            known.append(f"{short(amounts['evaluation_tokens'])} tokens more to evaluate")
-        disk = f"{short(amounts['disk_bytes'])}B" if "disk_bytes" in amounts else "unknown"
-        told = ", ".join(known + [f"{currency} unknown" for currency in unknown])
-        typer.echo(f"{label}: {told}; {hours}; disk {disk}")
-    sd = paired_sd(cells, plan.study.reference)
-    smallest = 100 * detectable_difference(len(plan.study.seeds), sd or ASSUMED_SD)
-    source, seeds = "measured" if sd else "assumed", counted(len(plan.study.seeds), "seed")
-    typer.echo(
-        f"smallest detectable difference in pass@1: {smallest:.1f} points with {seeds} "
-        f"(80 % power; paired sd {100 * (sd or ASSUMED_SD):.1f} points, {source})"
-    )
 
 
 if __name__ == "__main__":  # `accelerate launch -m benchmark.cli run ...`

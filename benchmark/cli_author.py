@@ -10,22 +10,17 @@ import shlex
 import sys
 import tempfile
 from dataclasses import asdict
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from benchmark.completion import complete_method
+
 if TYPE_CHECKING:
     from benchmark.conformance import Finding
 
-GROUP = "rolloutbench.methods"
 UNDER_CHECK = "method_under_check"
-
-
-def complete_method(incomplete: str) -> list[str]:
-    """Arms whose name begins so, for the shell; read from the entry points, for loading arms takes seconds."""
-    return sorted(entry.name for entry in entry_points(group=GROUP) if entry.name.startswith(incomplete))
 
 
 def check(

@@ -9,16 +9,20 @@ from typing import Annotated
 
 import typer
 
+from benchmark.completion import complete_arm, complete_metric
 from benchmark.errors import InputError
 
 STUDY = Path("results/main_table")
 
 
 def compare(
-    arm: Annotated[str, typer.Argument(metavar="A", help="An arm of the study.")],
-    other: Annotated[str, typer.Argument(metavar="B", help="The arm to compare it with.")],
+    arm: Annotated[str, typer.Argument(metavar="A", help="An arm of the study.", autocompletion=complete_arm)],
+    other: Annotated[str, typer.Argument(metavar="B", help="The arm to compare it with.", autocompletion=complete_arm)],
     results: Annotated[Path, typer.Option(metavar="DIR", help="A study's results.")] = STUDY,
-    metric: Annotated[str | None, typer.Option(help="pass_at_<k>; the study's primary metric by default.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="pass_at_<k>; the study's primary metric by default.", autocompletion=complete_metric),
+    ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there too.")] = None,
 ) -> None:
     """Say which of two arms is better, by how much, at what confidence and what cost.

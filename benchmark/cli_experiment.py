@@ -10,10 +10,17 @@ from typing import Annotated
 
 import typer
 
+from benchmark.completion import complete_config
+
 
 def experiment(
     file: Annotated[
-        str, typer.Argument(metavar="EXPERIMENT", help="A file, or the name of one in configs/experiments.")
+        str,
+        typer.Argument(
+            metavar="EXPERIMENT",
+            help="A file, or the name of one in configs/experiments.",
+            autocompletion=complete_config("experiments"),
+        ),
     ],
     options: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value; repeatable.")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from benchmark.completion import complete_config
+
 if TYPE_CHECKING:
     from benchmark.sweep import SweepOutcome
     from benchmark.sweep_space import Sweep
@@ -22,7 +24,14 @@ COUNTED = ("rollouts", "tokens_generated", "flops")
 
 
 def sweep(
-    file: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep file, or the name of one in configs/sweeps.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="SWEEP",
+            help="A sweep file, or the name of one in configs/sweeps.",
+            autocompletion=complete_config("sweeps"),
+        ),
+    ],
     trials: Annotated[int | None, typer.Option(min=2, help="Trials of every arm; the file's by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Results folder; results/sweeps/<sweep> by default.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,

@@ -12,12 +12,21 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmark.completion import complete_config
+
 STORE = "sqlite:///mlflow.db"
 
 
 def variance(
-    scale: Annotated[str, typer.Option(help="File of configs/scales, or a path.")] = "small",
-    task: Annotated[str | None, typer.Option(help="File of configs/tasks, or a path; the scale's by default.")] = None,
+    scale: Annotated[
+        str, typer.Option(help="File of configs/scales, or a path.", autocompletion=complete_config("scales"))
+    ] = "small",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="File of configs/tasks, or a path; the scale's by default.", autocompletion=complete_config("tasks")
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the runs and of the pools.")] = 0,
     arms: Annotated[list[str] | None, typer.Option("--arm", help="Arm to train; repeatable; grpo and dynamo.")] = None,
     fractions: Annotated[

@@ -254,7 +254,7 @@ class Collector:
             known = order[: probe.trusted].tolist()
             counts = np.full(len(known), probe.trusted_rollouts, dtype=np.int64)
             trusted, judged = self._pre_sample("trusted", step, probe, known, counts)
-            own, other = self._half_credit(rollouts, verdicts), self._half_credit(trusted, judged)
+            own, other = self._credit(rollouts, verdicts), self._credit(trusted, judged)
             with self.clock.phase(backward):
                 values = alignment(self.policy.fused(), rollouts, own, trusted, other, self.config.temperature)
             self._charge_gradients(step, probe, rollouts)
@@ -279,11 +279,11 @@ class Collector:
         )
         return rollouts, verdicts
 
-    def _half_credit(self, rollouts: Rollouts, verdicts: list[Verdict]) -> Tensor:
-        """The method's advantage of every rollout within its half of the group, (R,)."""
+    def _credit(self, rollouts: Rollouts, verdicts: list[Verdict]) -> Tensor:
+        """The method's advantage of every rollout within its group, and within its half of it, (R, 2)."""
         groups = self.groups(rollouts, verdicts, HistoryView.unseen(rollouts.prompts))
         twice = replace(groups, prompt=halves(rollouts), prompts=2 * rollouts.prompts, history=HistoryView.unseen(0))
-        return self.method.credit(twice)
+        return torch.stack([self.method.credit(groups), self.method.credit(twice)], dim=1)
 
     def _charge_gradients(self, step: int, probe: Probe, rollouts: Rollouts) -> None:
         """A forward and backward pass in which every rollout reads its prompt anew."""

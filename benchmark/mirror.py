@@ -35,6 +35,7 @@ from benchmark.seal import sealed
 STATE = "mlflow_state.json"
 LOCK = ".mlflow_state.lock"
 RECORDS = ("evaluation.jsonl", "metrics.jsonl", "allocation.jsonl", "timings.jsonl", "result.json")
+TRACES = "traces.jsonl"  # only figures of single tokens need it, and older runs have none
 """What tables are made of: kept with a finished run, so that `analysis.from_mlflow` needs nothing else."""
 _log = logging.getLogger("rolloutbench.mirror")
 
@@ -280,7 +281,7 @@ class Mirror:
             store.send(run.run_id, fresh([*points, *curves], store.last_steps(run.run_id)))
         run.cursors, run.tips = cursors, tips
         if status.name == "FINISHED" != run.status:
-            for name in RECORDS:
+            for name in (*RECORDS, TRACES):
                 store.artifact(run.run_id, cell.folder / name)
             store.checkpoint(run.run_id, cell.folder / "policy", cell.name, max(point.step for point in points))
         if status.name != run.status:

@@ -10,6 +10,7 @@ from string import Template
 from benchmark.errors import InputError
 from benchmark.registry import names
 
+NAME = r"[a-z][a-z0-9_]{1,39}"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -22,8 +23,12 @@ def write_package(name: str, folder: Path) -> list[Path]:
     Raises:
         InputError: the name is no identifier in lower case or is taken, or the folder holds something.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]{1,39}", name) or keyword.iskeyword(name):
+    if keyword.iskeyword(name):
+        raise InputError("is a Python keyword", key="NAME", value=name, remedy=f"Take another, such as {name}_method")
+    if not re.fullmatch(NAME, name):
+        near = re.sub(r"\W+", "_", name.lower(), flags=re.ASCII)
         remedy = "Take 2 to 40 lower-case letters, digits and underscores, a letter first"
+        remedy = f"Did you mean {near}? {remedy}" if re.fullmatch(NAME, near) else remedy
         raise InputError("is not a name for a module", key="NAME", value=name, remedy=remedy)
     if name in names():
         raise InputError("an installed arm has this name", key="NAME", value=name, remedy="Choose another")

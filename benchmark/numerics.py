@@ -29,14 +29,14 @@ class Minibatch:
 
     Attributes:
         rollouts: R of them, T tokens. advantage: (R,).
-        correction: (T,) weights of the tokens of an inexact sampler, or None.
+        rollout_log_prob: (T,), as an inexact sampler told it: `rollouts` then has the trainer's; else None.
         sampler: the output layer that sampled, where the method needs it.
         step: of training. max_tokens: limit of a rollout.
     """
 
     rollouts: Rollouts
     advantage: Tensor
-    correction: Tensor | None
+    rollout_log_prob: Tensor | None
     sampler: Head | None
     step: int
     max_tokens: int

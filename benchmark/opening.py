@@ -40,6 +40,18 @@ def check_folder(folder: Path, *, links: bool = True) -> None:
                 raise InputError("is neither a file nor a folder", file=path, remedy="Remove it")
 
 
+def check_out(folder: Path) -> None:
+    """Refuse a folder for results that cannot be one.
+
+    Raises:
+        InputError: a file stands there, or on the way.
+    """
+    stands = next(path for path in (folder, *folder.parents) if path.exists())
+    if not stands.is_dir():
+        where = "stands where the folder of results should be"
+        raise InputError(f"a file {where}", file=stands, key="--out", remedy="Choose another folder with --out")
+
+
 def inside(folder: Path, name: object) -> Path:
     """The path of `name`, as a record in `folder` states it, if that lies in the folder.
 

@@ -7,6 +7,7 @@ import ctypes
 import os
 import shutil
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from benchmark import ranks, sharding
 from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig
 from benchmark.errors import StorageError, storing
 from benchmark.jsonl import PARTIAL, sync_folder
-from benchmark.pretrained import complete, load_model, render
+from benchmark.pretrained import complete, end_ids, load_model, render, turn_end
 from benchmark.transformer import Shape, Weights, fuse
 
 
@@ -78,6 +79,8 @@ class Policy:
         if backend.name == "native":
             Shape.of(model.config)
         loaded = cls(model, AutoTokenizer.from_pretrained(path), template or TemplateConfig())
+        if (ends := loaded.ends) != (loaded.end,):  # said where TRL reads it and `save` keeps it
+            model.generation_config.eos_token_id = list(ends)
         for value in loaded.parameters().values():  # fresh adapters are random
             ranks.share(value.data, 0)
         if sharding.wanted():
@@ -138,8 +141,14 @@ class Policy:
 
     @property
     def end(self) -> int:
-        """Id of the end-of-sequence token."""
+        """Id of the end-of-sequence token, which written answers end with."""
         return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Ids any of which ends a rollout: `end`, those the model declares, and the one its chat turns end with."""
+        also = [*end_ids(self.model), *(turn_end(self.tokenizer) if self.template.chat else [])]
+        return tuple(dict.fromkeys([self.end, *also]))
 
     def render(self, prompt: str) -> str:
         """The text that the policy reads for a problem."""
@@ -151,9 +160,11 @@ class Policy:
         return ids
 
     def decode(self, tokens: list[list[int]]) -> list[str]:
-        """Each answer as the verifier reads it, special tokens dropped."""
+        """Each answer as the verifier reads it, special tokens and the one that ends it dropped."""
         texts: list[str] = self.tokenizer.batch_decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            [ids[:-1] if ids and ids[-1] in self.ends else ids for ids in tokens],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
         )
         return [complete(self.template, text) for text in texts]
 

@@ -129,6 +129,22 @@ def _with_adapters(model: Any, lora: LoRAConfig) -> Any:
     return peft.get_peft_model(model, settings)
 
 
+def end_ids(model: Any) -> list[int]:
+    """Ids that end a text by the model's generation configuration, none without one."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [found] if isinstance(found, int) else list(found or [])
+
+
+def turn_end(tokenizer: Any) -> list[int]:
+    """Id of the special token that the chat template puts behind an answer; empty where it puts none."""
+    answer = "(42)"
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    behind = tokenizer.apply_chat_template(chat, tokenize=False).partition(answer)[2].lstrip()
+    first: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
+    added = tokenizer.added_tokens_decoder
+    return [token for token in first if token in added and added[token].special]
+
+
 def render(tokenizer: Any, template: TemplateConfig, problem: str) -> str:
     """The text that the policy reads for `problem`, the first words of its answer included."""
     user = template.user.replace("{problem}", problem)

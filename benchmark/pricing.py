@@ -40,10 +40,11 @@ class ShapeConfig(Model):
 
 
 class GPUConfig(Model):
-    """A GPU: dense bf16 peak in TFLOP/s, and the shares of it that sampling and training are assumed to reach."""
+    """A GPU: dense bf16 peak in TFLOP/s and the shares of it that sampling and training reach; its memory in GB."""
 
     name: str
     tflops: Positive
+    memory_gb: Positive
     sampling: Fraction
     training: Fraction
 
@@ -122,9 +123,11 @@ def low_rank_saving(shape: ShapeConfig, context: float, rank: float) -> float:
 def assumptions(assumed: PricingConfig) -> str:
     """What `closed_form` takes for granted, in words."""
     shape, gpu = assumed.shape, assumed.gpu
+    held = BYTES_A_PARAMETER * shape.parameters / 1e9
+    more = f", more than the {gpu.memory_gb:g} GB of one: launch each run over several GPUs (docs/paper_scale.md)"
     return (
         f"assumed, not measured: {shape.parameters / 1e9:.2f}B parameters; mean prompt {assumed.prompt_tokens:g} and "
         f"answer {assumed.answer_tokens:g} tokens; {gpu.name} at {gpu.sampling:.0%} of {gpu.tflops:g} TFLOP/s sampling "
         f"and {gpu.training:.0%} training; every arm as GRPO; a run holds "
-        f"{BYTES_A_PARAMETER * shape.parameters / 1e9:.0f} GB of weights, gradients and optimiser state"
+        f"{held:.0f} GB of weights, gradients and optimiser state" + (more if held > gpu.memory_gb else "")
     )

@@ -19,6 +19,8 @@ from benchmark.transformer import Weights
 Floats = NDArray[np.float64]
 CHUNK = 64
 """Rollouts whose whole gradients exist at a time, or those of one prompt."""
+LEAST_SIGNAL = 0.25
+"""Share of a measured squared gradient that is taken for signal at least: correcting at most halves its norm."""
 
 
 @torch.no_grad()
@@ -78,51 +80,69 @@ def halves(rollouts: Rollouts) -> Tensor:
     return 2 * rollouts.prompt + number % 2
 
 
-def half_gradients(
-    weights: Weights, rollouts: Rollouts, advantage: Tensor, temperature: float = 1.0
+def group_gradients(
+    weights: Weights, rollouts: Rollouts, credit: Tensor, temperature: float = 1.0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Policy gradients, mean over a half of A grad log pi, of some prompts at a time: (prompts, (p, 2, D))."""
+    """Policy gradients of some prompts at a time, of the group, its even and its odd half: (prompts, (p, 3, D)).
+
+    Each is the mean over its rollouts of A grad log pi, of one pass over all weights. Prompts without a rollout are
+    left out.
+
+    Args:
+        credit: (R, 2) advantage A of every rollout in its group, and in its half of it (see `halves`).
+    """
     half = halves(rollouts)
-    share = advantage / segment_sum(torch.ones_like(advantage), half, 2 * rollouts.prompts)[half]
+    one = torch.ones_like(credit[:, 0])
+    whole = credit[:, 0] / segment_sum(one, rollouts.prompt, rollouts.prompts)[rollouts.prompt]
+    split = credit[:, 1] / segment_sum(one, half, 2 * rollouts.prompts)[half]
     for prompts in _parts(rollouts):
         rows = rollouts.rows_of(prompts)
         part = rollouts.select_prompts(prompts)
         gradient, _ = gradients_and_head(weights, part, temperature)
-        local = 2 * part.prompt + half[rows] % 2
-        result = gradient.new_zeros(2 * len(prompts), gradient.shape[1])
-        yield prompts, result.index_add_(0, local, gradient * share[rows, None]).view(len(prompts), 2, -1)
+        result = gradient.new_zeros(3 * len(prompts), gradient.shape[1])
+        result.index_add_(0, 3 * part.prompt, gradient * whole[rows, None])
+        result.index_add_(0, 3 * part.prompt + 1 + half[rows] % 2, gradient * split[rows, None])
+        yield prompts, result.view(len(prompts), 3, -1)
+
+
+def _signal(a: Tensor, b: Tensor) -> Tensor:
+    """sqrt of <a, b>, at least `LEAST_SIGNAL` of |m|^2 with m = (a + b) / 2, of gradients (p, D); (p,)."""
+    square = ((a + b) / 2).square().sum(1)
+    return torch.maximum((a * b).sum(1), LEAST_SIGNAL * square).sqrt()
 
 
 def alignment(
     weights: Weights,
     rollouts: Rollouts,
-    advantage: Tensor,
+    credit: Tensor,
     trusted: Rollouts,
-    trusted_advantage: Tensor,
+    trusted_credit: Tensor,
     temperature: float = 1.0,
 ) -> Floats:
     """Agreement of every prompt's policy gradient g with the mean v of the trusted prompts', (P, 3).
 
-        <g, v>,    <g, v> / (|g| |v|),    <g, v> / sqrt(<g_a, g_b> <v_a, v_b>)
+        <g, v>,    <g, v> / (|g| |v|),    <g', v'> / sqrt(max(<a, b>, c |g'|^2) max(<v_a, v_b>, c |v'|^2))
 
-    g is the mean of g_a and g_b, from the even and the odd rollouts. Noise in g makes |g| too large, so that the cosine
-    is biased to 0; <g_a, g_b> is an unbiased estimate of |E g|^2 (Spearman's correction for attenuation). Where an
-    estimate under the root is not positive, and where g or v is 0, the entry is 0.
+    g is credited within the group. Noise in it makes |g| too large, so that the cosine is biased to 0. The last column
+    corrects for that (Spearman 1904, attenuation): a and b, from even and odd rollouts credited within their half, are
+    independent, so <a, b> is an unbiased estimate of |E g'|^2, g' = (a + b) / 2; likewise v'. It may be anything down
+    to below 0 by chance and never exceeds |g'|^2; c = `LEAST_SIGNAL` is the least share of that taken for signal,
+    which bounds the correction to a factor 1 / c. An entry whose gradient or its v is 0 is 0; so is a prompt without a
+    rollout.
 
     Args:
-        advantage: (R,) of every rollout in its half. trusted, trusted_advantage: the same of the trusted prompts.
+        credit: (R, 2) advantage of every rollout in its group, and in its half. trusted, trusted_credit: the same of
+            the trusted prompts, one rollout at least.
     """
     v = torch.zeros(0)
-    for _, found in half_gradients(weights, trusted, trusted_advantage, temperature):
+    for _, found in group_gradients(weights, trusted, trusted_credit, temperature):
         v = found.sum(0) + (v if len(v) else 0.0)
     v = v / trusted.prompts
-    mean = v.mean(0)
     result = np.zeros((rollouts.prompts, 3))
-    for prompts, g in half_gradients(weights, rollouts, advantage, temperature):
-        own = g.mean(1)
-        inner = own @ mean
-        plain = own.norm(dim=1) * mean.norm()
-        signal = (g[:, 0] * g[:, 1]).sum(1).clamp(min=0) * torch.dot(v[0], v[1]).clamp(min=0)
-        columns = [torch.where(d > 0, inner / d.clamp(min=1e-30), 0.0) for d in (plain, signal.sqrt())]
-        result[prompts.cpu().numpy()] = torch.stack([inner, *columns], dim=1).double().cpu().numpy()
+    for prompts, g in group_gradients(weights, rollouts, credit, temperature):
+        inner, split = g[:, 0] @ v[0], g[:, 1:].mean(1) @ v[1:].mean(0)
+        plain = g[:, 0].norm(dim=1) * v[0].norm()
+        signal = _signal(g[:, 1], g[:, 2]) * _signal(v[None, 1], v[None, 2])
+        ratios = [torch.where(d > 0, n / d.clamp(min=1e-30), 0.0) for n, d in ((inner, plain), (split, signal))]
+        result[prompts.cpu().numpy()] = torch.stack([inner, *ratios], dim=1).double().cpu().numpy()
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -123,7 +124,8 @@ def _changed(default: Any, params: Mapping[str, object], key: str) -> Any:
                 hints[name], config=None if dataclasses.is_dataclass(current) else strict
             ).validate_python(value)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].lower()
+            said = re.sub(r" or (an )?instance of \w+", "", error.errors()[0]["msg"]).replace("dictionary", "mapping")
+            reason = said[0].lower() + said[1:]
             raise InputError(reason, key=place, value=value, remedy=f"The default is {current!r}") from error
     try:
         return dataclasses.replace(default, **values)

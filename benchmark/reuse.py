@@ -32,13 +32,22 @@ def take_over(cells: Sequence[Cell], studies: Sequence[Path]) -> list[Cell]:
         InputError: a folder of `studies` has no cells or leads out of itself, or a file is not what its run wrote.
         StorageError: a copy cannot be written.
     """
+    check_studies(studies)
     for study in studies:
-        if not (study / "cells").is_dir():
-            raise InputError(
-                "no runs of a study there", key="--reuse", value=str(study), remedy="Give the results folder of a study"
-            )
         check_folder(study)
     return [cell for cell in cells if any(_copy(study / "cells" / cell.folder.name, cell) for study in studies)]
+
+
+def check_studies(studies: Sequence[Path]) -> None:
+    """Refuse folders from which no runs can be taken over.
+
+    Raises:
+        InputError: one has no cells.
+    """
+    for study in studies:
+        if not (study / "cells").is_dir():
+            remedy = "Give the results folder of a study"
+            raise InputError("no runs of a study there", key="--reuse", value=str(study), remedy=remedy)
 
 
 def _copy(source: Path, cell: Cell) -> bool:

@@ -31,7 +31,7 @@ class Rollouts:
         tokens: (T,) int64 generated ids, end-of-sequence included where it was reached.
         length: (R,) int64, generated tokens per rollout, >= 1.
         log_prob: (T,) float32, log-probability of each generated token under the policy that sampled it.
-        finished: (R,) bool, ended by end-of-sequence (else cut by the token limit).
+        finished: (R,) bool, ended by a token that ends rollouts (else cut by the token limit).
     """
 
     prompt_tokens: Tensor

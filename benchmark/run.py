@@ -81,7 +81,7 @@ def run_cell(
     cell by then.
 
     Raises:
-        Interrupted: `should_stop` became true; a checkpoint was written first.
+        Interrupted: `should_stop` became true; a checkpoint was written first, unless nothing had begun.
         InputError: `out` holds a run of another configuration.
         StorageError: a file cannot be written, or the folder was deleted or taken over.
         NumericalError: a number that must be finite is not.
@@ -93,7 +93,7 @@ def run_cell(
         checkpoint.clear(out / "checkpoint")  # left by a process killed just after its last file
         return
     _claim_folder(config, out)
-    run = Run(config, out, progress or (lambda _: None), fence)
+    run = Run(config, out, progress or (lambda _: None), fence, should_stop)
     try:
         with run.verifier, contextlib.closing(run.backend):
             if config.policy.path is not None:
@@ -117,7 +117,7 @@ def run_cell(
 
 
 def measure_unit_prices(config: RunConfig) -> dict[str, float]:
-    """Price of a unit of budget on this machine, from two training steps and one small evaluation.
+    """Price of a unit of budget here, from two training steps (or all that it pays for) and one small evaluation.
 
     Returns:
         Amounts per unit of the budget's currency: every countable currency, and ``wall_seconds`` of one worker
@@ -126,8 +126,8 @@ def measure_unit_prices(config: RunConfig) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(config, Path(folder), lambda _: None)
         with run.verifier, contextlib.closing(run.backend):
-            run.step_once()
-            run.step_once()
+            while run.step < 2 and run.collector.remaining > 0:
+                run.step_once()
             training = sum(run.seconds.values())
             with run.clock.phase("evaluate"):
                 run.evaluator.evaluate(1)
@@ -156,17 +156,26 @@ def _claim_folder(config: RunConfig, out: Path) -> None:
 class Run:
     """The state of one run and its loop."""
 
-    def __init__(self, config: RunConfig, out: Path, progress: Tell, fence: Fence = contextlib.nullcontext) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        out: Path,
+        progress: Tell,
+        fence: Fence = contextlib.nullcontext,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.config, self.out, self.progress, self.fence = config, out, progress, fence
         self.started = time.time()
         device = prepare_machine()
         self.clock = Clock(device)
         self.method = registry.build(config.method.name, config.method.params)
+        trainer = engine.load(self.method.engine)
+        trainer.check(config, self.method)
         sharding.check(config, self.method)
         written, start = config.policy, ensure_policy(config)
         policy = Policy.load(start, device, backend=config.backend, template=written.template, lora=written.lora)
         self.policy, self.optimiser = policy, optimiser.make(policy, config.optimiser)
-        self.backend = backend.make(policy, config.backend, start)
+        self.backend = backend.make(policy, config.backend, start, should_stop)
         train, held_out = load_task(config.task, out / "contamination.jsonl")
         self.data = {"train": digest(train), "evaluation": digest(held_out)}
         self.verifier = Verifier(answer_form=config.task.answer_form)
@@ -187,16 +196,7 @@ class Run:
         if features.size and fresh:
             read = sum(map(len, pool.tokens))
             self.ledger.charge(0, "features", tokens_scored=read, flops=self.prices.forward(read))
-        parts = (
-            self.method,
-            pool,
-            self.backend,
-            self.verifier,
-            self.history,
-            self.ledger,
-            self.budget,
-            self.prices,
-        )
+        parts = (self.method, pool, self.backend, self.verifier, self.history, self.ledger, self.budget, self.prices)
         noise = config.verifier.flip_rate
         self.collector = Collector(*parts, rollout, self.clock, self.place, noise, self.recall)
         self.updater = Updater(
@@ -214,7 +214,7 @@ class Run:
             trace=self.trace,
             past=self.past,
         )
-        self.engine = engine.load(self.method.engine)(self.collector, self.updater)
+        self.engine = trainer(self.collector, self.updater)
 
     def _features(self, pool: Pool) -> Floats:
         if not self.method.features:

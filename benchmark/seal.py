@@ -21,7 +21,7 @@ from typing import Any
 from benchmark.jsonl import PARTIAL, atomic_write_json
 from benchmark.schema import digest
 
-MANIFEST, RESULT, CONFIG, LEASES = "manifest.json", "result.json", "config.yaml", "lease"
+MANIFEST, RESULT, CONFIG, LEASES, PLAN = "manifest.json", "result.json", "config.yaml", "lease", "plan.json"
 MIRROR, MIRROR_LOCK = "mlflow_state.json", ".mlflow_state.lock"
 KEY = "sha256"
 
@@ -89,6 +89,8 @@ def contents(folder: Path) -> Contents:
         base = name.rpartition("/")[2]
         if base == MANIFEST and place:
             found.parts.append(place)
+        elif f"{place}/{PLAN}".lstrip("/") in places:
+            continue  # a study is no run, whatever lies beside its plan
         elif base == RESULT and (listed := listed_files(folder / name)) is not None:
             found.runs[place] = listed
         elif base == CONFIG and f"{place}/{RESULT}".lstrip("/") not in places:

@@ -140,7 +140,7 @@ def read_sweep(path: Path, *, trials: int | None = None) -> Sweep:
     """
     written = read_yaml(path)
     asked = Layer({} if trials is None else {"trials": trials}).over(written)
-    sweep = Sweep(validate(SweepConfig, asked), asked)
+    sweep = Sweep(validate(SweepConfig, asked, path), asked)
     check(sweep)
     return sweep
 

@@ -67,9 +67,9 @@ class Updater:
             self.trace.begin(step, batch)
         metrics = Averages()
         trained = 0
-        rollouts, correction = batch.rollouts, None
+        rollouts, told = batch.rollouts, None
         if not self.backend.exact:
-            rollouts, correction = self._rescore(step, rollouts, metrics)
+            rollouts, told = self._rescore(step, rollouts, metrics), rollouts.log_prob
         sampler = self._sampler(step, rollouts) if "rollout_head" in self.method.needs else None
         for epoch in range(self.config.epochs):
             order = streams.generator(self.seed, "minibatch", step, epoch).permutation(batch.rollouts.prompts)
@@ -79,9 +79,9 @@ class Updater:
                     continue
                 rows = rollouts.rows_of(prompts)
                 flat = ragged_index(rows, rollouts.length)
-                weight = None if correction is None else correction[flat]
+                mu = None if told is None else told[flat]
                 before = None if sampler is None else sampler[flat]
-                given = Minibatch(part, advantage[rows], weight, before, step, batch.groups.max_tokens)
+                given = Minibatch(part, advantage[rows], mu, before, step, batch.groups.max_tokens)
                 self._minibatch(prompts, given, metrics)
                 trained += len(part.tokens)
         prompt_tokens = int(batch.rollouts.prompt_length.sum()) * self.config.epochs
@@ -99,26 +99,28 @@ class Updater:
         self._minibatch(torch.arange(batch.rollouts.prompts, device=batch.rollouts.tokens.device), batch, metrics)
         return metrics.read()
 
-    def _rescore(self, step: int, rollouts: Rollouts, metrics: Averages) -> tuple[Rollouts, Tensor | None]:
-        """`rollouts` with the trainer's log-probabilities, and the weight that corrects each token for the sampler's.
+    def _rescore(self, step: int, rollouts: Rollouts, metrics: Averages) -> Rollouts:
+        """`rollouts` with the trainer's log-probabilities under the weights that sampled.
 
-        Truncated importance sampling: min(pi_train / pi_sample, cap), (T,). Ratios and clip ranges then start from the
-        policy that is trained, whatever the sampler's rounding.
+        Ratios and clip ranges then start from the policy that is trained, whatever the sampler's rounding.
         """
         pieces = self.backend.split(rollouts, ranks.size())
-        seen = _join(self._score_ahead(step, rollouts, pieces), pieces)
+        with self.past.sampling(self.backend.policy):
+            seen = _join(self._score_ahead(step, rollouts, pieces), pieces)
         gap = seen.log_prob - rollouts.log_prob
-        count, cap = float(len(gap)), self.backend.config.importance_cap
-        metrics.add("policy/logprob_abs_diff", gap.abs().mean(), count)
+        metrics.add("policy/logprob_abs_diff", gap.abs().mean(), float(len(gap)))
         metrics.maximum("policy/logprob_abs_diff_max", gap.abs().max())
-        rescored = replace(rollouts, log_prob=seen.log_prob)
-        if cap is None:
-            return rescored, None
-        metrics.add("policy/importance_truncated_fraction", (gap.exp() > cap).float().mean(), count)
-        return rescored, gap.exp().clamp(max=cap)
+        if (cap := self._cap) is not None:
+            metrics.add("policy/importance_truncated_fraction", (gap.exp() > cap).float().mean(), float(len(gap)))
+        return replace(rollouts, log_prob=seen.log_prob)
+
+    @property
+    def _cap(self) -> float | None:
+        """Of truncated importance sampling; None where tokens are not to be corrected for the sampler."""
+        return self.backend.config.importance_cap if self.method.anchor == "old" else None
 
     def _sampler(self, step: int, rollouts: Rollouts) -> Head:
-        """The output layer of the policy that sampled, at every token of the batch; one more forward pass."""
+        """The trainer's output layer under the weights that sampled, at every token of the batch; one more pass."""
         with self.past.sampling(self.backend.policy):
             parts = self._score_ahead(step, rollouts, self.backend.split(rollouts, ranks.size()))
             heads = [part.head for part in parts if part.head is not None]
@@ -140,14 +142,14 @@ class Updater:
         if self.method.modulates:
             ahead = _exchange(pieces, owners, ready) if fits else self._score_ahead(step, part, pieces)
             seen = _join(ahead, pieces)
-            tokens = self._tokens(step, part, advantage, rollout, seen, self._head(ahead, part), sampler)
+            tokens = self._tokens(batch, advantage, rollout, seen, self._head(ahead, part))
             with batch.blamed(lambda: sound(seen, part.log_prob, advantage, self.backend.policy.vocabulary)):
                 credit = self.method.modulate(tokens)
             if tokens.head is not None and tokens.head.meter.flops:
                 self.ledger.charge(step, "head", flops=tokens.head.meter.flops)
         weights = token_weights(part, self.method.loss, batch.max_tokens, credit.mask)
-        if batch.correction is not None:
-            weights = weights * batch.correction
+        if batch.rollout_log_prob is not None and (cap := self._cap) is not None:
+            weights = weights * (part.log_prob - batch.rollout_log_prob).exp().clamp(max=cap)
         self.optimiser.clear()
         total = torch.zeros((), device=part.tokens.device)
         scored: dict[int, Scored] = {}
@@ -250,17 +252,10 @@ class Updater:
         return parts
 
     def _tokens(
-        self,
-        step: int,
-        part: Rollouts,
-        advantage: Tensor,
-        rollout: Tensor,
-        seen: TokenStatistics,
-        head: Head | None,
-        sampler: Head | None,
+        self, batch: Minibatch, advantage: Tensor, rollout: Tensor, seen: TokenStatistics, head: Head | None
     ) -> Tokens:
-        draws = streams.generator(self.seed, "token", step, self.updates).random(len(part.tokens))
-        meter = Meter()
+        part, sampler, meter = batch.rollouts, batch.sampler, Meter()
+        draws = streams.generator(self.seed, "token", batch.step, self.updates).random(len(part.tokens))
         return Tokens(
             advantage,
             seen.log_prob,
@@ -274,6 +269,7 @@ class Updater:
             part.prompt[rollout],
             None if head is None else replace(head, meter=meter),
             None if sampler is None else replace(sampler, meter=meter),
+            part.log_prob if batch.rollout_log_prob is None else batch.rollout_log_prob,
         )
 
     def _head(self, scored: Sequence[Scored], part: Rollouts) -> Head | None:

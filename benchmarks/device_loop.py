@@ -150,7 +150,7 @@ class Loop:
         uniforms = torch.rand(int(counts.sum()), self.plan.answer, generator=random).to(self.device)
         length = torch.full((self.plan.prompts,), self.plan.prompt_tokens, device=self.device)
         given = torch.from_numpy(counts).to(self.device)
-        return generate(whole, self.prompt.flatten(), length, given, uniforms, max_tokens=self.plan.answer, end=-1)
+        return generate(whole, self.prompt.flatten(), length, given, uniforms, max_tokens=self.plan.answer, ends=[-1])
 
     def score(self, part: Rollouts) -> TokenStatistics:
         """Statistics of every token, a few rows at a time; gradients flow where they are on."""

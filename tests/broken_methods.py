@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -61,6 +61,13 @@ class Speechless(Method):
 
     family: ClassVar[str] = "none"
     faithful_to: ClassVar[str] = "nothing"
+
+
+@dataclass(frozen=True)
+class Adrift(GRPO):
+    """Names a policy that nobody knows."""
+
+    anchor: ClassVar[Any] = "reference"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Updates of one batch under several arms, by however many processes were launched; each writes what it ended with.
 
-``python ranks_driver.py BACKEND FOLDER ARM...``. Where the launcher asked for divided weights or moments, they are lost
-between the two updates and come back from a checkpoint.
+``python ranks_driver.py BACKEND FOLDER ARM...``; the backend ``adapters`` is transformers with adapters of LoRA.
+Where the launcher asked for divided weights or moments, they are lost between the two updates and come back from a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from benchmark.backend import make
 from benchmark.checkpoint import latest, load, save, tensors_of
 from benchmark.clock import Clock
 from benchmark.config import ArchitectureConfig, OptimiserConfig
-from benchmark.config_model import BackendConfig
+from benchmark.config_model import BackendConfig, LoRAConfig
 from benchmark.draws import Batch
 from benchmark.groups import Groups
 from benchmark.ledger import Ledger, Prices
@@ -52,9 +53,26 @@ def make_batch() -> Rollouts:
     )
 
 
+def adapted(policy: Policy, folder: Path) -> Policy:
+    """The policy with fresh adapters, whose second matrices are moved off 0 so that all have a gradient."""
+    if ranks.rank() == 0:
+        policy.save(folder)
+    ranks.agree(None)
+    made = Policy.load(folder, torch.device("cpu"), backend=BackendConfig(name="transformers"), lora=LoRAConfig(rank=4))
+    random = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for value in made.parameters().values():
+            if not value.any():
+                value.copy_(0.1 * torch.randn(value.shape, generator=random))
+    return made
+
+
 def update(backend: str, arm: str, tokens_per_pass: int, folder: Path) -> None:
     policy, config = new_policy(POLICY, seed=0), OptimiserConfig(minibatches_per_batch=2, learning_rate=1e-3)
     settings: dict[str, Any] = {"name": backend, "tokens_per_pass": tokens_per_pass}
+    if backend == "adapters":
+        policy = adapted(policy, folder / "policy")
+        settings["name"] = "transformers"
     if backend == "transformers":
         settings["gradient_checkpointing"] = True
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

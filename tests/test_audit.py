@@ -133,6 +133,22 @@ def test_a_file_that_is_gone_or_came_is_found(study: Path, monkeypatch: pytest.M
         (study / name).unlink()
 
 
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_run_in_the_folder_of_a_study_itself_is_named(study: Path, ended: bool, listed: bool) -> None:
+    """Whether it ended or not, and also where a report has listed its files since."""
+    run = next((study / "cells").glob("grpo-*"))
+    left = [path for path in sorted(run.iterdir()) if ended or path.name != "result.json"]
+    for path in left:
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, study / path.name)
+    if listed:
+        write_report(study)
+    told = "is of a run, and a study's runs lie in cells/; move it away"
+    found = audit(study)
+    assert sorted(found.wrong) == sorted(f"{path.name}: {told}" for path in left)
+    assert any(line.startswith("3 runs: ") for line in found.checked)
+
+
 # --- what hashes that were made anew cannot hide ------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -26,6 +27,7 @@ from benchmark.config_model import BackendConfig, LoRAConfig, TemplateConfig, VL
 from benchmark.draws import Batch
 from benchmark.errors import InputError
 from benchmark.groups import Groups
+from benchmark.installing import install_line
 from benchmark.ledger import Ledger, Prices
 from benchmark.policy import Policy
 from benchmark.registry import build
@@ -217,7 +219,6 @@ def test_bfloat16_passes_over_float32_weights() -> None:
 
 
 def test_adapters_train_and_nothing_else(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     make_model().save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
     config = BackendConfig(name="transformers", gradient_checkpointing=True)
@@ -274,12 +275,12 @@ def test_backends_share_one_interface() -> None:
 
 def test_a_missing_vllm_is_told_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(InputError, match="pip install"):
+    with pytest.raises(InputError, match=re.escape(install_line("vllm"))):
         make(both()[1].policy, BackendConfig(name="vllm"), "nowhere")
 
 
 def test_a_server_that_is_not_there_is_an_input_error() -> None:
-    config = BackendConfig(name="vllm", vllm=VLLMConfig(url="http://127.0.0.1:9"))
+    config = BackendConfig(name="vllm", vllm=VLLMConfig(url="http://127.0.0.1:9", start_seconds=0))
     with pytest.raises(InputError, match="vllm_server"):
         make(both()[1].policy, config)
 
@@ -294,7 +295,6 @@ def test_the_server_command_lets_the_user_overrule_and_refuses_no_model() -> Non
 
 
 def test_a_sampler_gets_merged_adapters_and_plain_names(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     make_model().save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
     config = BackendConfig(name="transformers")
@@ -372,11 +372,12 @@ def test_an_engine_in_this_process_gets_its_gpus_and_gives_their_memory_back(
             calls.append(options)
 
         def __getattr__(self, name: str) -> Any:
-            return lambda *given, **options: calls.append((name, options.get("level")))
+            return lambda *given, **options: [calls.append((name, options.get("level")))] and [""]
 
     module = SimpleNamespace(LLM=FakeLLM, SamplingParams=dict, TokensPrompt=dict)
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(("empty_cache", None)))
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND"):
         monkeypatch.setenv(name, "0")
     settings = VLLMConfig(tensor_parallel=4, memory_fraction=0.3, max_model_len=256, exchange=str(tmp_path))
@@ -389,7 +390,7 @@ def test_an_engine_in_this_process_gets_its_gpus_and_gives_their_memory_back(
     assert options.get("enable_sleep_mode", False) is gpu
     backend.load_weights()
     backend.rest()
-    awake, asleep = ([("wake_up", None)], [("sleep", 2)]) if gpu else ([], [])
+    awake, asleep = ([("empty_cache", None), ("wake_up", None)], [("sleep", 2)]) if gpu else ([], [])
     assert calls == [*awake, ("collective_rpc", None), ("reset_prefix_cache", None), *asleep]
     backend.close()
 

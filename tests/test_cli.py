@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from benchmark import cells
 from benchmark.cli import app
 from benchmark.compose import compose_run, compose_study
 from benchmark.config import RunConfig
+from benchmark.errors import storage_error
 from benchmark.jsonl import atomic_write_json
 from benchmark.workers import Pool
 
@@ -139,6 +141,93 @@ def test_bad_input_shows_no_traceback_from_the_console_script(tmp_path: Path) ->
     assert "at least 384" in result.stderr
 
 
+def test_usage_errors_and_the_help_show_examples() -> None:
+    missing = call("run", "grpo")
+    assert "Missing option '--out'" in missing.stderr
+    assert "For example: rolloutbench run grpo --scale smoke --out runs/first" in missing.stderr
+    assert "For example: rolloutbench" in call("studdy").stderr
+    shown = CliRunner().invoke(app, ["--help"], terminal_width=80).stdout
+    assert "  rolloutbench study main_table --scale smoke\n" in shown
+    assert "..." not in shown.partition("Commands:")[2]
+
+
+def test_a_completion_that_cannot_be_installed_is_one_line_that_says_how_else() -> None:
+    code = "from benchmark.cli import main; main()"
+    command = [sys.executable, "-c", code, "--install-completion", "bash"]
+    environment = {**os.environ, "HOME": "/dev/null/nohome"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: /dev/null/nohome")
+    assert "--show-completion" in line
+
+
+@pytest.mark.parametrize(
+    ("typed", "known"),
+    [
+        ("study main_t", "main_table"),
+        ("study configs/studies/main_t", "configs/studies/main_table.yaml"),
+        ("sweep modu", "modulation"),
+        ("experiment forg", "forgetting"),
+        ("run grpo --scale smo", "smoke"),
+        ("study main_table --scale paper-1", "paper-1.5b"),
+        ("warmup --task arithmetic_h", "arithmetic_hard"),
+        ("variance --scale smo", "smoke"),
+        ("figures --notebook your", "your_method"),
+        ("compare fir", "first_arm"),
+        ("compare first_arm oth", "other_arm"),
+        ("compare first_arm other_arm --metric pass_at_1", "pass_at_16"),
+        ("run dyna", "dynamo"),
+    ],
+)
+def test_the_shell_completes_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, typed: str, known: str) -> None:
+    plan = {"arms": ["first_arm", "other_arm"], "primary_metric": "pass_at_16"}
+    atomic_write_json(tmp_path / "results" / "main_table" / "plan.json", plan)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    words = f"rolloutbench {typed}".split(" ")
+    asked = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    asked["_ROLLOUTBENCH_COMPLETE"] = "complete_bash"
+    result = CliRunner().invoke(app, [], env=asked, prog_name="rolloutbench")
+    assert known in result.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["new-method", "class"], "is a Python keyword"),
+        (["new-method", "my-method"], "Did you mean my_method?"),
+        (["run", "grpo", "--budget", "tokens=100", "--out", "x"], "this currency. Did you mean 'tokens_generated'?"),
+        (["study", "main_table", "--dry-run", "--out", "FILE"], "a file stands where the folder of results should be"),
+        (["study", "main_table", "--out", "FILE/below"], "FILE: --out: a file stands"),
+        (["run", "grpo", "--out", "FILE"], "a file stands where the folder of results should be"),
+        (["study", "main_table", "--dry-run", "--reuse", "nope"], "--reuse = 'nope': no runs of a study there"),
+        (["study", "made"], "'made': a folder of results, not a study file. Name a study file"),
+        (["study", "made/x"], "Known: ablation, cpu_llm"),
+        (["study", "bare.yaml"], "bare.yaml: question: is missing. Add it"),
+        (["run", "dynamo", "--set", "method.allocation=5", "--out", "x"], "should be a mapping. The default is Neyman"),
+    ],
+)  # fmt: skip
+def test_an_error_says_what_is_wrong_in_words_of_what_was_typed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    (tmp_path / "FILE").touch()
+    atomic_write_json(tmp_path / "made" / "plan.json", {"study": "made"})
+    (tmp_path / "bare.yaml").write_text("study: bare\nscale: smoke\narms: [grpo]\n")
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert told in line
+
+
+def test_a_folder_that_cannot_be_made_is_not_called_deleted() -> None:
+    error = FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/x")
+    assert "/proc/x: No such file or directory. It cannot be made there; choose another" in str(storage_error(error))
+    gone = FileNotFoundError(errno.ENOENT, "No such file or directory", "/nowhere/at/all")
+    assert "deleted or moved" in str(storage_error(gone))
+
+
 def test_run_hands_over_what_was_asked(training: list[RunConfig], tmp_path: Path) -> None:
     asked = [
         "--scale",
@@ -200,6 +289,16 @@ def test_a_finished_run_is_not_run_again(training: list[RunConfig], tmp_path: Pa
     other = call("run", "grpo", "--seed", "1", "--out", tmp_path / "a")
     assert other.exit_code == 2
     assert "another configuration" in other.stderr
+
+
+def test_a_run_is_refused_in_the_folder_of_a_study(training: list[RunConfig], tmp_path: Path) -> None:
+    atomic_write_json(tmp_path / "plan.json", {"study": "main_table"})
+    result = call("run", "grpo", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "holds a study" in result.stderr
+    assert training == []
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert call("run", "grpo", "--out", tmp_path / "cells" / "mine").exit_code == 0
 
 
 def test_a_run_that_another_process_holds_is_refused(training: list[RunConfig], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -130,6 +131,36 @@ def test_seeds_of_a_scale_are_used_unless_some_are_asked_for(configs: Path) -> N
     written(configs / "scales/brief.yaml", small + "seeds: 1\n")
     assert compose_study("main_table", scale="brief").study.seeds == (0,)
     assert compose_study("main_table", scale="brief", seeds=2).study.seeds == (0, 1)
+
+
+def test_seeds_of_a_study_file_win_over_its_own_scale_and_not_over_what_is_typed(configs: Path) -> None:
+    small = (configs / "scales/small.yaml").read_text(encoding="utf-8")
+    written(configs / "scales/brief.yaml", small + "seeds: 1\ngradient_variance_replicates: 8\n")
+    text = STUDY.replace("small", "brief")
+    path = str(written(configs / "studies/mine.yaml", text.replace("seeds: 2", "seeds: [0, 7]")))
+    plan = compose_study(path)
+    assert plan.study.seeds == (0, 7)
+    assert {run.seed for run in plan.runs} == {0, 7}
+    assert plan.study.gradient_variance_replicates == 8  # the file says nothing of it
+    assert compose_study(path, scale="brief").study.seeds == (0,)
+    assert compose_study(path, scale="brief", seeds=3).study.seeds == (0, 1, 2)
+    assert compose_study(path, seeds=3).study.seeds == (0, 1, 2)
+    without = str(written(configs / "studies/other.yaml", text.replace("seeds: 2", "")))
+    assert compose_study(without).study.seeds == (0,)
+
+
+@pytest.mark.parametrize("seeds", ["two", "3.5", "0"])
+@pytest.mark.parametrize("typed", [{}, {"scale": "brief"}, {"seeds": 2}])
+def test_seeds_of_a_study_file_are_checked_also_where_others_replace_them(
+    configs: Path, seeds: str, typed: dict[str, Any]
+) -> None:
+    small = (configs / "scales/small.yaml").read_text(encoding="utf-8")
+    written(configs / "scales/brief.yaml", small + "seeds: 1\n")
+    text = STUDY.replace("small", "brief").replace("seeds: 2", f"seeds: {seeds}")
+    path = written(configs / "studies/mine.yaml", text)
+    with pytest.raises(InputError, match="seeds") as caught:
+        compose_study(str(path), **typed)
+    assert (caught.value.file, caught.value.key) == (path, "seeds")
 
 
 def test_a_budget_option_changes_the_currency_of_the_study() -> None:

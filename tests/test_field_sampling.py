@@ -24,16 +24,19 @@ from baselines.gvm import GVM, GVMRAFT
 from baselines.reinforce_ada import ReinforceAda
 from baselines.sage import SAGE
 from baselines.vip import VIP, predicted
-from benchmark import registry
+from benchmark import collect, registry
 from benchmark.collect import Collector
 from benchmark.draws import Batch
 from benchmark.groups import Groups
 from benchmark.history import HistoryView, PromptHistory
 from benchmark.method import Loss, Method, Probe
+from benchmark.rollouts import Rollouts
+from benchmark.verdict import Verdict
 from methods.proportional import proportional
 
 sys.path.append(str(Path(__file__).parent))
 training: Any = importlib.import_module("test_training")
+probing: Any = importlib.import_module("test_probing")
 policy, train = training.policy, training.train
 
 # Five prompts: 1 of 4 right, no rollout, a single right one, all right, none right.
@@ -365,13 +368,27 @@ def test_candidates_that_are_passed_over_cost_only_their_probe(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[HistoryView, NDArray[np.bool_]]] = []
-    select = GradAlign.select
+    credits: list[tuple[list[list[int]], torch.Tensor]] = []
+    used: list[tuple[torch.Tensor, torch.Tensor]] = []
+    select, credit, alignment = GradAlign.select, Collector._credit, collect.alignment
+
+    def spy_credit(self: Collector, rollouts: Rollouts, verdicts: list[Verdict]) -> torch.Tensor:
+        right = np.array([verdict is Verdict.CORRECT for verdict in verdicts], dtype=int)
+        outcomes = [right[rollouts.prompt.numpy() == p].tolist() for p in range(rollouts.prompts)]
+        credits.append((outcomes, credit(self, rollouts, verdicts)))
+        return credits[-1][1]
+
+    def spy_alignment(weights: Any, rollouts: Any, own: Any, trusted: Any, other: Any, *rest: Any) -> Any:
+        used.append((own, other))
+        return alignment(weights, rollouts, own, trusted, other, *rest)
 
     def spy(self: GradAlign, history: HistoryView, *rest: Any) -> NDArray[np.bool_]:
         asked.append((history, select(self, history, *rest)))
         return asked[-1][1]
 
     monkeypatch.setattr(GradAlign, "select", spy)
+    monkeypatch.setattr(Collector, "_credit", spy_credit)
+    monkeypatch.setattr(collect, "alignment", spy_alignment)
     out = train("gradalign", budget={"currency": "rollouts", "amount": 600})
     view, mask = asked[0]
     score = view.probe_alignment[:, 1]
@@ -379,6 +396,14 @@ def test_candidates_that_are_passed_over_cost_only_their_probe(
     assert score[mask].min() >= score[~mask].max()
     assert score.max() > 0
     assert np.abs(score).max() <= 1 + 1e-6
+    # Candidates and trusted prompts are credited in the group and in its halves; a mixed group scores by the former.
+    (outcomes, own), (_, other) = credits[:2]
+    assert used[0][0] is own
+    assert used[0][1] is other
+    for known, found in credits[:2]:
+        torch.testing.assert_close(found, probing.credited(known))
+    assert ((score != 0) == [0 < sum(group) < len(group) for group in outcomes]).all()
+    assert not torch.equal(own[:, 0], own[:, 1])
     first = [row for row in training.rows(out, "ledger.jsonl") if row["step"] == 0 and row["event"] != "evaluation"]
     # 4 rollouts of 16 candidates, 8 of 8 trusted prompts, 8 of 8 prompts that train.
     assert [row["rollouts"] for row in first if row["event"] == "probe"] == [64, 64]

@@ -28,11 +28,12 @@ from benchmark.head import Head, adam_step
 from benchmark.jsonl import read_rows
 from benchmark.ledger import Ledger, Prices
 from benchmark.losses import logit_losses
-from benchmark.method import Loss, Method, Need, Signal, Tokens
+from benchmark.method import Loss, Method, Need, Signal, TokenCredit, Tokens
 from benchmark.policy import Policy
 from benchmark.registry import build
 from benchmark.rollouts import Rollouts
 from benchmark.scoring import score
+from benchmark.staleness import Past
 from benchmark.update import Updater
 from benchmark.warmup import new_policy
 
@@ -348,12 +349,9 @@ class Outcome:
     start: Policy
 
 
-def update(folder: Path, method: Method, limit: int = 65_536, parts: int = 1, gap: float = 0.0) -> Outcome:
-    policy, start = new_policy(POLICY, seed=0), new_policy(POLICY, seed=0)
+def make_updater(file: Path, method: Method, policy: Policy, limit: int = 65_536, parts: int = 1) -> Updater:
     config = OptimiserConfig(minibatches_per_batch=parts, gradient_clip=1e9)
-    file = folder / f"{type(method).__name__}-{limit}-{parts}-{hash(method)}.jsonl"
-    batch = make_batch(policy, gap)
-    updater = Updater(
+    return Updater(
         method=method,
         backend=NativeBackend(policy, BackendConfig(tokens_per_pass=limit)),
         optimiser=optimiser.make(policy, config),
@@ -364,8 +362,21 @@ def update(folder: Path, method: Method, limit: int = 65_536, parts: int = 1, ga
         prices=Prices(1),
         clock=Clock(torch.device("cpu")),
     )
-    groups = Groups(batch.prompt, batch.prompts, REWARD, batch.length, ~batch.finished, 12)
-    metrics = updater.update(0, Batch(batch, groups))
+
+
+def with_groups(batch: Rollouts) -> Batch:
+    return Batch(batch, Groups(batch.prompt, batch.prompts, REWARD, batch.length, ~batch.finished, 12))
+
+
+def update(
+    folder: Path, method: Method, limit: int = 65_536, parts: int = 1, gap: float = 0.0, *, exact: bool = True
+) -> Outcome:
+    policy, start = new_policy(POLICY, seed=0), new_policy(POLICY, seed=0)
+    file = folder / f"{type(method).__name__}-{limit}-{parts}-{hash(method)}.jsonl"
+    batch = make_batch(policy, gap)
+    updater = make_updater(file, method, policy, limit, parts)
+    updater.backend.exact = exact
+    metrics = updater.update(0, with_groups(batch))
     rows, _ = read_rows(file)
     parameters = {name: p.detach().clone() for name, p in policy.parameters().items()}
     gradient = torch.cat([p.grad.flatten() for p in policy.parameters().values() if p.grad is not None])
@@ -424,6 +435,68 @@ def test_lcos_update_is_the_gradient_of_its_loss_over_the_vocabulary(tmp_path: P
     loss = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
     expected = torch.autograd.grad(loss, list(policy.parameters().values()))
     torch.testing.assert_close(found.gradient, torch.cat([g.flatten() for g in expected]), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+def test_dppo_starts_from_what_the_sampler_told(tmp_path: Path, name: str, *, recompute: bool) -> None:
+    """A sampler half a nat off: r = pi / mu and nothing on top; D and its direction from mu, or from pi_old = pi."""
+    delta = {"dppo_tv": 0.01, "dppo_kl": 0.002}[name]
+    method = build(name, {"delta": delta, "truncation": 1.5, "recompute": recompute})
+    found = update(tmp_path, method, gap=0.5, exact=False)
+    batch = found.batch
+    advantage = torch.repeat_interleave(GRPO().credit(with_groups(batch).groups), batch.length)
+    log_pi = score(found.start.fused(), batch).log_prob
+    pi, mu = log_pi.detach().exp(), batch.log_prob.exp()
+    far = (pi - mu).abs() if name == "dppo_tv" else mu * (mu / pi).log() + (1 - mu) * ((1 - mu) / (1 - pi)).log()
+    blocked = (advantage * (pi - mu) > 0) & (far > delta) & (not recompute)
+    assert recompute or 5 < int(blocked.sum()) < 50
+    assert float((pi / mu).max()) > 1.5
+    weight = torch.where(blocked, 0.0, advantage * (pi / mu).clamp(max=1.5))
+    loss = -(weight * log_pi).sum() / len(weight)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(found.start.parameters().values()))])
+    torch.testing.assert_close(found.gradient, expected, atol=1e-6, rtol=1e-4)
+    assert found.metrics["policy/logprob_abs_diff"] == pytest.approx(float((mu / pi).log().abs().mean()), rel=1e-4)
+    assert "policy/importance_truncated_fraction" not in found.metrics
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_every_token_keeps_what_its_sampler_told(tmp_path: Path, *, exact: bool) -> None:
+    told, old = [], []
+
+    @dataclass(frozen=True)
+    class Spy(GRPO):
+        def modulate(self, tokens: Tokens) -> TokenCredit:
+            told.append(tokens.rollout_log_prob)
+            old.append(tokens.old_log_prob)
+            return super().modulate(tokens)
+
+    found = update(tmp_path, Spy(), parts=2, gap=0.5, exact=exact)
+    assert len(told) == 2
+    wanted = found.batch.select_prompts(torch.tensor(_order_of_prompts()))
+    assert _order_of_prompts() != [0, 1, 2, 3]
+    assert torch.equal(torch.cat(told), wanted.log_prob)
+    with torch.no_grad():
+        trainers = score(found.start.fused(), wanted).log_prob
+    torch.testing.assert_close(torch.cat(old), wanted.log_prob if exact else trainers)
+
+
+def test_an_inexact_samplers_stale_rollouts_start_from_the_stale_policy(tmp_path: Path) -> None:
+    policy, past = new_policy(POLICY, seed=0), Past(1)
+    past.advance(policy)
+    batch = make_batch(policy, gap=0.1)
+    with torch.no_grad():
+        stale = score(policy.fused(), batch).log_prob
+        for value in policy.parameters().values():
+            value.mul_(1.1)
+        now = score(policy.fused(), batch).log_prob
+    past.advance(policy)
+    updater = make_updater(tmp_path / "ledger.jsonl", GRPO(), policy)
+    updater.past, updater.backend.exact = past, False
+    metrics = updater.update(0, with_groups(batch))
+    assert metrics["policy/ratio_max"] == pytest.approx(float((now - stale).exp().max()), rel=1e-4)
+    assert metrics["policy/ratio_max"] > 1.01
+    assert metrics["policy/logprob_abs_diff"] == pytest.approx(float((stale - batch.log_prob).abs().mean()), rel=1e-4)
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def test_decoding_samples_from_the_distribution_it_reports(kind: str, temperatur
         counts,
         uniforms,
         max_tokens=10,
-        end=4,
+        ends=[4],
         temperature=temperature,
     )
     assert torch.bincount(drawn.prompt, minlength=4).tolist() == counts.tolist()

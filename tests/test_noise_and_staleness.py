@@ -219,9 +219,10 @@ def test_the_sampling_policy_leaves_no_trace() -> None:
     assert [sorted(kept) for kept in again.queue] == [sorted(kept) for kept in past.queue]
 
 
-def test_who_cannot_sample_from_the_past_says_so(policy: str) -> None:
-    with pytest.raises(ValueError, match="samples from the newest policy"):
-        RunConfig.model_validate(config(policy, "grpo", rollout={"staleness": 1}, backend={"name": "transformers"}))
+@pytest.mark.parametrize("backend", [{"name": "transformers"}, {"name": "vllm"}])
+def test_who_cannot_sample_from_the_past_says_so(policy: str, backend: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"the {backend['name']} backend samples from the newest policy"):
+        RunConfig.model_validate(config(policy, "grpo", rollout={"staleness": 1}, backend=backend))
 
 
 @pytest.mark.parametrize("changes", [{"rollout": {"staleness": 1}}, {"verifier": {"flip_rate": 0.1}}])

@@ -15,11 +15,13 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from analysis import figures_paper as paper
 from analysis.comparisons import Scores
 from analysis.figures_sweep import arm_of, best_settings, load_trials
-from analysis.from_mlflow import bring_tables, load_from_mlflow
-from analysis.notebook import locate, open_study, open_sweep, open_variance, tables
-from analysis.notebook_runner import NOTEBOOKS, RESULTS
+from analysis.from_mlflow import bring, bring_tables, load_from_mlflow
+from analysis.notebook import open_study, open_sweep, open_variance, tables
+from analysis.notebook_choice import NOTEBOOKS, RESULTS, locate, parameters_of
+from analysis.notebook_runner import execute
 from analysis.results import load_study
 from benchmark.cli import app
 from benchmark.compose import compose_run
@@ -74,6 +76,7 @@ def _sweep(folder: Path) -> None:
     from optuna.storages.journal import JournalFileBackend
 
     folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(json.dumps({"study": "modulation", "arms": ["grpo-t000", "dynamo-t000"]}))
     storage = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
     for arm in ("grpo", "dynamo"):
         sampler = optuna.samplers.RandomSampler(seed=1)
@@ -159,6 +162,103 @@ def test_figures_runs_every_notebook_that_has_results(
     assert "no notebook had results" in nothing.stderr
 
 
+def test_figures_of_one_folder_are_those_of_the_notebooks_that_fit_it(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, Path]] = []
+
+    def pretend(name: str, folder: Path, out: Path, parameters: Any) -> Path:
+        seen.append((name, folder))
+        return out / f"{name}.ipynb"
+
+    monkeypatch.setattr("analysis.notebook_runner.execute", pretend)
+    fits = {
+        "main_table": ["main_results", "your_method"],
+        "ablation": ["main_results", "ablation", "your_method"],
+        "variance": ["gradient_variance"],
+        "sweeps/modulation": ["sweep"],
+    }
+    for place, names in fits.items():
+        seen.clear()
+        done = CliRunner().invoke(app, ["figures", str(results / place), "--out", str(tmp_path)])
+        assert done.exit_code == 0, done.output
+        assert seen == [(name, results / place) for name in names]
+    seen.clear()
+    plan = json.loads((results / "main_table" / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"study": "mine", "arms": ["grpo", "mine"]}))
+    done = CliRunner().invoke(app, ["figures", str(tmp_path), "--out", str(tmp_path)])
+    assert seen == [("main_results", tmp_path)]
+    assert "skipped: your_method: " in done.stdout
+    assert "--set arm=grpo|mine" in done.stdout
+
+
+def test_one_notebook_on_the_folder_of_all_reads_its_own_study(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+    monkeypatch.setattr("analysis.notebook_runner.execute", lambda _, folder, *__: seen.append(folder))
+    for source, folder in (("files", results), ("mlflow", Path("results"))):
+        for name in RESULTS:
+            command = ["figures", str(folder), "--notebook", name, "--source", source, "--out", str(tmp_path)]
+            assert CliRunner().invoke(app, command).exit_code == 0
+            assert seen.pop() == folder / RESULTS[name]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--source", "foo"], "--source = 'foo': no such source. Known: files, mlflow"),
+        (["--notebook", "your_methods"], "Did you mean your_method?"),
+        (["--notebook", "your_method", "--set", "arms=grpo"], "no such parameter of the notebook. Did you mean arm?"),
+        (["--set", "arms=grpo"], "Did you mean arm?"),
+        (["--notebook", "sweep", "--set", "arm=grpo"], "--set arm = 'grpo': no such parameter"),
+        (["--notebook", "your_method", "--set", "source=mlflow"], "Give it with --source"),
+        (["--notebook", "your_method", "--set", "arm=dynamoo"], "not an arm of this study. Did you mean dynamo?"),
+        (["--notebook", "your_method", "--set", "reference=x"], "reference = 'x': not an arm of this study. Known: "),
+        (["--notebook", "gradient_variance"], "`nox -s variance` makes results/variance"),
+        (["--notebook", "sweep"], "no results for the notebook sweep"),
+    ],
+)  # fmt: skip
+def test_what_a_notebook_cannot_show_is_refused_before_a_kernel_starts(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], told: str
+) -> None:
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a notebook was executed"))
+    out = tmp_path / "figures"
+    refused = CliRunner().invoke(app, ["figures", str(results / "main_table"), *options, "--out", str(out)])
+    assert refused.exit_code == 2
+    (line,) = refused.stderr.splitlines()
+    assert told in line
+    assert not out.exists()
+
+
+def test_a_parameter_reaches_the_notebooks_that_have_it(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def pretend(name: str, folder: Path, out: Path, parameters: Any) -> Path:
+        seen[name] = parameters.get("arm")
+        return out / f"{name}.ipynb"
+
+    monkeypatch.setattr("analysis.notebook_runner.execute", pretend)
+    command = ["figures", str(results / "main_table"), "--set", "arm=dynamo", "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert seen == {"main_results": None, "your_method": "dynamo"}
+    assert parameters_of("your_method")["arm"] == "dynamo"
+
+
+def test_a_kernel_is_not_interrupted_to_end_it(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("analysis.notebook_runner.NOTEBOOKS", tmp_path)
+    mark = tmp_path / "interrupted"
+    # The kernel puts this handler back when the cell is over, and so has it while it is idle.
+    source = f"get_ipython().kernel.saved_sigint_handler = lambda *_: open({str(mark)!r}, 'w').close()"
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    made.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    nbformat.write(made, tmp_path / "main_results.ipynb")
+    execute("main_results", results / "main_table", tmp_path / "out", {})
+    assert not mark.exists()
+
+
 def test_a_notebook_runs_from_mlflow_with_parameters_of_its_own(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,12 +281,43 @@ def test_tables_from_files_and_from_mlflow_agree(results: Path, store: str, tmp_
     assert {name: table.latex() for name, table in one.items()} == {name: table.latex() for name, table in two.items()}
 
 
-def test_a_failing_cell_is_one_line_that_names_the_copy(results: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_figures_from_files_and_from_mlflow_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of single tokens and of the gradient variance included; a mirror that lacks what they show says so."""
+    recipe = synthetic.Recipe(
+        arms={"grpo": 0.0, "dynamo": 0.1}, seeds=(0,), items=8, steps=6, points=3, traced=("Compute 6*7.",)
+    )
+    study, uri = synthetic.make_study(tmp_path / "traced", recipe), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for cell in json.loads((study / "plan.json").read_text())["cells"]:
+        config = compose_run(cell["arm"], scale="smoke", seed=cell["seed"], options=["evaluation.k=[1,8,32]"])
+        (study / cell["dir"] / "config.yaml").write_text(dump(config))
+        result = study / cell["dir"] / "result.json"
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"files": {"traces.jsonl": "0"}, "sha256": ""}))
+    (study / "gradient_variance.json").write_text('{"rows": []}')
+    monkeypatch.setattr("benchmark.mirror.TRACES", "none.jsonl")
+    assert Mirror(uri, study, "traced").close()
+    bring(uri, "traced", tmp_path / "without")
+    assert "not in MLflow: traces.jsonl of 2 runs" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert Mirror(uri, study, "traced").rebuild()
+    made = bring(uri, "traced", tmp_path / "with")
+    assert "not in MLflow" not in capsys.readouterr().err
+    for path in (*sorted(study.glob("cells/*/traces.jsonl")), study / "gradient_variance.json"):
+        assert (made / path.relative_to(study)).read_bytes() == path.read_bytes()
+    assert paper.traced_tokens(load_study(made), "entropy")["last"].keys() == {"grpo", "dynamo"}
+
+
+def test_a_failing_cell_is_one_line_that_names_the_copy(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    options = ["--notebook", "your_method", "--set", "arm=nobody", "--out", str(tmp_path)]
-    failed = CliRunner().invoke(app, ["figures", str(results / "main_table"), *options])
+    options = ["--notebook", "your_method", "--set", "arm=dynamoo", "--out", str(tmp_path)]
+    options += ["--source", "mlflow", "--tracking-uri", store]
+    failed = CliRunner().invoke(app, ["figures", "main_table", *options])
     assert failed.exit_code == 2
     assert "your_method.ipynb" in failed.stderr.splitlines()[-1]
+    assert "arm = 'dynamoo': not an arm of this study. Did you mean dynamo?" in failed.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,35 @@ def test_a_batch_that_is_fine_here_says_so(policy: str, tmp_path: Path, monkeypa
     assert math.isfinite(found["metrics"]["optim/loss"])
 
 
+def test_a_kept_batch_has_what_an_inexact_sampler_told(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Minibatch] = []
+
+    def refuse(_: object, batch: Minibatch) -> None:
+        kept.append(batch)
+        raise NumericalError("made up", batch)
+
+    def again(self: Updater, batch: Minibatch) -> dict[str, float]:
+        kept.append(batch)
+        return {}
+
+    plain = make_config(policy, "dppo_tv").model_dump(mode="json")
+    plain["backend"] |= {"name": "transformers", "dtype": "bfloat16"}
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "require", refuse)
+        with pytest.raises(NumericalError, match="made up"):
+            run_cell(RunConfig.model_validate(plain), tmp_path)
+    monkeypatch.setattr(Updater, "again", again)
+    bundle.replay(tmp_path / bundle.FOLDER)
+    (told, recomputed), (again_told, again_recomputed) = ((b.rollout_log_prob, b.rollouts.log_prob) for b in kept)
+    assert told is not None
+    assert again_told is not None
+    assert not torch.equal(told, recomputed)
+    assert torch.equal(again_told, told)
+    assert torch.equal(again_recomputed, recomputed)
+
+
 def test_a_folder_without_a_batch_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no saved batch"):
         bundle.replay(tmp_path)

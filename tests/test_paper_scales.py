@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmark.cli import app
-from benchmark.compose import compose_run, scale_pricing
+from benchmark.compose import compose_run, compose_study, scale_pricing
 from benchmark.config import HubConfig
 from benchmark.contamination import Item, clean, grams, words
 from benchmark.errors import InputError
@@ -78,7 +78,7 @@ def test_closed_form_prices_are_what_the_ledger_of_a_run_says(tmp_path: Path) ->
         prompt_tokens=spent["prompt_tokens"] / prompts,
         answer_tokens=spent["tokens_generated"] / 64,
         evaluation_items=len(config.task.families),
-        gpu=GPUConfig(name="any", tflops=1.0, sampling=0.5, training=0.5),
+        gpu=GPUConfig(name="any", tflops=1.0, memory_gb=1.0, sampling=0.5, training=0.5),
     )
     prices = closed_form(config, assumed)
     for currency in ("rollouts", "prompt_tokens", "tokens_generated", "tokens_backpropagated"):
@@ -97,7 +97,21 @@ def test_the_dry_run_prices_a_model_that_is_not_here(tmp_path: Path) -> None:
     assert "28 cells, 28 to run; unit prices in closed form" in result.output
     assert "tokens_generated 28G" in result.output
     assert "GPU hours" in result.output
+    assert "holds 122 GB" in result.output
+    assert "more than the 80 GB of one" in result.output
     assert not list(tmp_path.iterdir())
+    fits = CliRunner().invoke(app, ["paper-1.5b" if word == "paper-7b" else word for word in asked])
+    assert "holds 25 GB" in fits.output
+    assert "more than" not in fits.output
+
+
+def test_a_run_launched_by_itself_fits_the_folder_that_a_study_names() -> None:
+    server = ("backend.vllm.url=http://127.0.0.1:8000",)
+    plan = compose_study("main_table", scale="paper-7b", options=server)
+    for arm, seed in (("dapo", 1), ("dynamo", 0)):
+        alone = compose_run(arm, scale="paper-7b", seed=seed, options=server)
+        (planned,) = [run for run in plan.runs if (run.arm, run.seed) == (arm, seed)]
+        assert alone.run_hash == planned.run_hash
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ ASKED = {
     "divided": {"ACCELERATE_USE_FSDP": "true"},
     "zero 1": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
     "zero 2": ZERO,
+    "zero 2, adapters": ZERO,
 }
 """What the launcher says of weights, gradients and moments."""
 
@@ -42,6 +43,7 @@ BACKENDS = {
     "divided": ("transformers", ["grpo", "entropy_loss", "dynamo", "kl_cov"]),
     "zero 1": ("transformers", ["grpo", "entropy_loss", "kl_cov"]),
     "zero 2": ("native", ["grpo", "entropy_loss", "dynamo", "kl_cov", "dppo_kl"]),
+    "zero 2, adapters": ("adapters", ["grpo", "kl_cov"]),
 }
 """The backend and the arms that are compared."""
 NEEDS_DEEPSPEED = pytest.mark.skipif(
@@ -135,7 +137,7 @@ def test_without_deepspeed_the_line_that_installs_it_is_told(monkeypatch: pytest
 
 
 @pytest.mark.slow
-@launched("whole", "divided", "zero 1", "zero 2")
+@launched("whole", "divided", "zero 1", "zero 2", "zero 2, adapters")
 def test_two_processes_make_the_loss_gradients_and_weights_of_one(tmp_path: Path, how: str) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     alone.mkdir()

@@ -171,11 +171,13 @@ def test_allocators_see_what_a_run_would_have_remembered() -> None:
         before = log.seen[:, visit - 1]
         counts = (log.correct[before, visit - 1].astype(float), log.trials[before, visit - 1].astype(float))
         history.record(np.flatnonzero(before).tolist(), *counts)
+        history.record_step(*counts)
         expected = history.view(rows.tolist())
         assert seen.successes == pytest.approx(expected.successes)
         assert seen.trials == pytest.approx(expected.trials)
         assert (seen.last_successes == expected.last_successes).all()
         assert (seen.visits == expected.visits).all()
+        np.testing.assert_array_equal(seen.batches, expected.batches)
 
 
 def test_neyman_gains_on_dead_prompts_and_uniform_is_one() -> None:

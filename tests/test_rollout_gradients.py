@@ -42,7 +42,7 @@ def drawn(policy: Policy, each: int, seed: int = 0) -> Rollouts:
         torch.tensor([each, each]),
         torch.rand(2 * each, 9, generator=generator),
         max_tokens=9,
-        end=policy.end,
+        ends=policy.ends,
         temperature=TEMPERATURE,
     )
 

@@ -19,7 +19,7 @@ from benchmark.config import RunConfig
 from benchmark.draws import Batch
 from benchmark.jsonl import read_rows
 from benchmark.ledger import CURRENCIES
-from benchmark.run import Interrupted, run_cell
+from benchmark.run import Interrupted, measure_unit_prices, run_cell
 from benchmark.verdict import Verdict
 from benchmark.warmup import warm_up
 
@@ -103,6 +103,14 @@ def test_equal_runs_are_equal_bit_for_bit(train: Callable[..., Path], policy: st
         assert (first / name).stat().st_size > 0
     assert_same_weights(first, second)
     assert_trained(first, policy)
+
+
+@pytest.mark.parametrize("amount", [100, 300, 2201])
+def test_a_budget_that_ends_within_two_steps_is_priced_too(policy: str, amount: int) -> None:
+    prices = measure_unit_prices(make_config(policy, "grpo", budget={"currency": "tokens_generated", "amount": amount}))
+    assert prices["tokens_generated"] == 1
+    assert prices["wall_seconds"] > 0
+    assert prices["rollouts"] > 0
 
 
 def test_another_seed_is_another_run(train: Callable[..., Path]) -> None:

@@ -21,11 +21,17 @@ import numpy as np
 import pytest
 import torch
 
+from benchmark import preflight as checks
 from benchmark.backend import Request, make
 from benchmark.backend_vllm import VLLMBackend
+from benchmark.compose import compose_run
+from benchmark.config import RolloutConfig
 from benchmark.config_model import BackendConfig, VLLMConfig
+from benchmark.draws import Pool
+from benchmark.errors import InputError
 from benchmark.jsonl import read_rows
 from benchmark.policy import Policy
+from benchmark.run import run_cell
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.slow]
@@ -115,6 +121,19 @@ def test_ragged_groups_with_finish_reasons(backend: VLLMBackend) -> None:
     assert backend.usage.tokens_generated >= len(batch.tokens)
 
 
+def test_any_id_that_ends_a_rollout_ends_one(backend: VLLMBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy's own end, and the token that most rollouts begin with."""
+    backend.load_weights()
+    begun = [text[0] for text in backend.generate(asked(backend.policy)).texts()]
+    first = max(set(begun), key=begun.count)
+    monkeypatch.setitem(vars(backend.policy), "ends", (backend.policy.end, first))
+    batch = backend.generate(asked(backend.policy))
+    ends = torch.isin(batch.tokens, torch.tensor(backend.policy.ends))
+    assert torch.equal(ends[torch.cumsum(batch.length, 0) - 1], batch.finished)
+    assert int(ends.sum()) == int(batch.finished.sum())
+    assert sum(text == [first] for text in batch.texts()) == begun.count(first)
+
+
 def test_the_same_streams_sample_the_same_and_others_do_not(backend: VLLMBackend) -> None:
     backend.load_weights()
     first, again = (backend.generate(asked(backend.policy)).texts() for _ in range(2))
@@ -158,6 +177,40 @@ def test_new_weights_reach_every_part_of_the_model(backend: VLLMBackend) -> None
                 value.copy_(kept[name])
     backend.load_weights()
     assert backend.generate(asked(backend.policy)).texts() == before
+
+
+@pytest.mark.parametrize(("layers", "said"), [(-1, "the policy has no"), (1, "it cannot take")])
+def test_a_server_of_another_depth_is_refused(url: str, model: Path, tmp_path: Path, layers: int, said: str) -> None:
+    served = Policy.load(model, torch.device("cpu"))
+    other, kept = served.model.config.to_dict(), served.model.state_dict()
+    last = other["num_hidden_layers"] + layers
+    settings = other | {"num_hidden_layers": last, "layer_types": None, "max_window_layers": last}
+    made = type(served.model)(type(served.model.config)(**settings))
+    made.load_state_dict({name: value for name, value in kept.items() if name in made.state_dict()}, strict=False)
+    Policy(made, served.tokenizer).save(tmp_path / "other")
+    more = {"policy.path": str(tmp_path / "other"), "backend.name": "vllm", "backend.vllm.url": url}
+    config = compose_run("grpo", scale="smoke", options=[f"{key}={value}" for key, value in more.items()])
+    with pytest.raises(InputError, match=rf"{said} model\.layers\.{min(last, last - layers)}\.") as refused:
+        run_cell(config, tmp_path / "run")
+    assert f"backend.vllm.url = '{url}'" in str(refused.value)
+    assert f"{tmp_path / 'other'}, the model of policy.path" in str(refused.value)
+    assert read_rows(tmp_path / "run" / "metrics.jsonl")[0] == []
+
+
+def test_a_server_that_reads_positions_otherwise_is_refused(backend: VLLMBackend) -> None:
+    """Its parameters are those of the policy; only what it says of tokens tells."""
+    prompts = [torch.tensor(ids) for ids in backend.policy.encode(["Compute 12+34+5.", "Solve 3*x+2=11."])]
+    pool, rollout = Pool([], prompts, np.zeros(2, dtype=np.uint64)), RolloutConfig(max_tokens=24)
+    backend.load_weights()
+    checks._check_engine(backend, pool, rollout)
+    frequencies = backend.policy.model.model.rotary_emb.inv_freq
+    kept = frequencies.clone()
+    try:
+        frequencies.mul_(3)
+        with pytest.raises(InputError, match=r"nats off the trainer's on average, where rounding makes up to 0\.1"):
+            checks._check_engine(backend, pool, rollout)
+    finally:
+        frequencies.copy_(kept)
 
 
 @pytest.mark.parametrize("form", ["colocated", "server"])
