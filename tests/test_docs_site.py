@@ -114,6 +114,7 @@ def test_every_parameter_of_every_arm_is_there_once_with_its_default_and_a_meani
         assert sorted(row[0].strip("`") for row in table) == sorted(fields), name
         for row in table:
             assert shown(fields[row[0].strip("`")], row[1]), f"{name}: {row}"
+            assert len(row) > 2, f"{name}: {row}"
             assert re.search(r"\w", row[2]), f"{name}: {row}"
     assert arms.unexplained() == []
 
