@@ -26,16 +26,8 @@ from benchmark.opening import check_folder, check_plan
 from benchmark.seal import CONFIG, LEASES, MANIFEST, PLAN, RESULT, Contents, contents, file_hash, is_sealed
 
 REPORT = "REPORT.md"
-OF_A_RUN: tuple[str, ...] = (
-    CONFIG,
-    RESULT,
-    "progress.json",
-    "failure.json",
-    "run.log",
-    "ledger.jsonl",
-    "timings.jsonl",
-)
-OF_A_RUN += ("metrics.jsonl", "evaluation.jsonl", "allocation.jsonl", "traces.jsonl", LEASES, "checkpoint", "policy")
+OF_A_RUN: tuple[str, ...] = (CONFIG, RESULT, LEASES, "checkpoint", "policy", "progress.json", "failure.json", "run.log")
+OF_A_RUN += ("ledger.jsonl", "timings.jsonl", "metrics.jsonl", "evaluation.jsonl", "allocation.jsonl", "traces.jsonl")
 """What a run writes into its folder; a study's own folder has none of it."""
 
 

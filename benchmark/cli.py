@@ -48,7 +48,7 @@ app = typer.Typer(
     """,
 )
 
-complete_scale, complete_task = complete_config("scales"), complete_config("tasks")
+complete_study, complete_scale, complete_task = map(complete_config, ("studies", "scales", "tasks"))
 Scale = Annotated[str, typer.Option(help="File of configs/scales, or a path.", autocompletion=complete_scale)]
 Task = Annotated[
     str | None,
@@ -61,11 +61,7 @@ Budget = Annotated[
 ]
 StudyFile = Annotated[
     str,
-    typer.Argument(
-        metavar="STUDY",
-        help="A study file, or the name of one in configs/studies.",
-        autocompletion=complete_config("studies"),
-    ),
+    typer.Argument(metavar="STUDY", help="A file, or a name in configs/studies.", autocompletion=complete_study),
 ]
 Tracking = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow store that mirrors the results.")]
 STORE = "sqlite:///mlflow.db"

@@ -43,7 +43,7 @@ def find(kind: Literal["studies", "scales", "tasks", "sweeps", "experiments"], n
         return Path(name) if _is_file(Path(name)) or not _is_file(shipped) else shipped
     path = config_folder() / kind / f"{name}.yaml"
     if not _is_file(path):
-        if (Path(name) / "plan.json").is_file():
+        if _is_file(Path(name) / "plan.json"):
             what = f"a folder of results, not a {KINDS[kind]} file"
             remedy = f"Name a {KINDS[kind]} file; `rolloutbench status` and `rolloutbench report` take results"
             raise InputError(what, key=KINDS[kind], value=name, remedy=remedy)
