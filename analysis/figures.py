@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.comparisons import Scores
 from analysis.formatting import currency_name, metric_name
-from analysis.plotting import COLUMNS, CROWDED, save, theme
+from analysis.plotting import COLUMNS, CROWDED, PAPER_HEIGHT, save, theme
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,19 +95,22 @@ def report_figures(scores: Scores, variance: Mapping[str, Any] | None = None) ->
 
 def paper_figures(scores: Scores, variance: Mapping[str, Any] | None = None) -> Plans:
     """The figures of a report, and those that papers add."""
+    from analysis import figures_histograms as histograms
     from analysis import figures_paper as paper
 
     return {
         **report_figures(scores, variance),
         "difficulty": lambda: paper.difficulty(scores),
-        "step_histograms": lambda: paper.step_histograms(scores),
-        "token_entropy": lambda: paper.token_entropy(scores),
-        "token_ratio": lambda: paper.token_ratio(scores),
+        "step_histograms": lambda: histograms.step_histograms(scores),
+        "token_entropy": lambda: histograms.token_entropy(scores),
+        "token_ratio": lambda: histograms.token_ratio(scores),
     }
 
 
 def write_paper_figures(plans: Plans, folder: Path, prefix: str, wide: Collection[str] = ()) -> list[Path]:
     """Write ``<prefix>_<name>_<column>.{svg,pdf,png}`` at the widths of one and of two columns of a paper.
+
+    What would be higher than a page is written in parts, ``<prefix>_<name>_<column>_<part>``.
 
     Args:
         wide: names of figures that need two columns.
@@ -116,15 +119,33 @@ def write_paper_figures(plans: Plans, folder: Path, prefix: str, wide: Collectio
         The PNG files of two columns' width, for a notebook to show.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shown = []
+    shown: list[Path] = []
     for column, width in COLUMNS.items():
-        with theme(width):
-            for name, draw in plans.items():
-                figure = None if column == "single" and name in wide else draw()
-                if figure is not None:
-                    save(figure, folder, f"{prefix}_{name}_{column}")
-                    shown += [folder / f"{prefix}_{name}_{column}.png"] if column == "double" else []
+        for name, draw in plans.items():
+            if column == "single" and name in wide:
+                continue
+            stem = f"{prefix}_{name}_{column}"
+            for stale in (*folder.glob(f"{stem}.*"), *folder.glob(f"{stem}_[0-9]*")):
+                stale.unlink()
+            written = _write_parts(draw, width, folder, stem)
+            shown += [folder / f"{part}.png" for part in written] if column == "double" else []
     return shown
+
+
+def _write_parts(draw: Callable[[], Figure | None], width: float, folder: Path, stem: str) -> list[str]:
+    """Draw and save every part of a figure; returns the names."""
+    names: list[str] = []
+    part, parts = 0, 1
+    while part < parts:
+        with theme(width, PAPER_HEIGHT, part) as sheet:
+            figure = draw()
+            if figure is None:
+                break
+            parts = sheet.parts
+            names.append(stem if parts == 1 else f"{stem}_{part + 1}")
+            save(figure, folder, names[-1])
+        part += 1
+    return names
 
 
 def _captions(scores: Scores) -> dict[str, str]:

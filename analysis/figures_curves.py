@@ -31,9 +31,10 @@ from analysis.plotting import (
     line,
     narrow,
     panels,
+    part_of_panels,
     percent,
 )
-from analysis.statistics import family_weights
+from analysis.statistics import Floats, family_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = 4
 FAR_OUT = 4.0  # times the usual arm's largest difference to the reference: beyond it an arm has its own scale
+NO_ROLLOUT = 0.25  # on a scale of doublings, where 0 has no place: the lower end of its cells
 OPTIMISATION = (("policy/entropy_nats", "entropy, nats"), ("optim/gradient_norm", "gradient norm"))
 
 
@@ -67,8 +69,10 @@ def learning_curves(scores: Scores) -> Figure | None:
     study = scores.study
     curves = {arm: learning_curve(scores, arm) for arm in study.arms}
     looks, reference = styles(study.plan["arms"]), curves.get(study.reference)
-    figure, axes = panels(len(curves), _COLUMNS, height=1.0 if narrow() else 1.35)
-    for axis, (arm, curve) in zip(axes, curves.items(), strict=True):
+    arms = part_of_panels(study.arms)
+    figure, axes = panels(len(arms), _COLUMNS, height=1.0 if narrow() else 1.35)
+    for axis, arm in zip(axes, arms, strict=True):
+        curve = curves[arm]
         if reference is not None and arm != study.reference:
             axis.plot(reference.cost, reference.mean, color=REFERENCE_GREY, linewidth=1.2, zorder=2)
         _draw(axis, curve, Style(looks[arm].colour, looks[arm].marker, (0, ())))
@@ -119,36 +123,67 @@ def _positive_scale(axis: Axes, curves: list[Band]) -> None:
 
 
 def rollouts_per_prompt(scores: Scores) -> Figure | None:
-    """Share of a step's prompts by their number of rollouts, over training spend, per allocating arm."""
+    """Share of a step's prompts by their number of rollouts, over training spend, per allocating arm.
+
+    On a scale of doublings where an arm goes far beyond the usual one's largest number.
+    """
     study = scores.study
     arms = dynamic_arms(study)
     if not arms:
         return None
     shares = {arm: rollout_shares(study, arm) for arm in arms}
-    top = max(float(share.max()) for _, _, share in shares.values())
+    most = [float(values[-1]) for _, values, _ in shares.values()]
+    doublings = max(most) > FAR_OUT * float(np.median(most))
+    arms = part_of_panels(arms)
     figure, axes = panels(len(arms), 3, height=2.1)
     mesh = None
-    for axis, (arm, (edges, values, share)) in zip(axes, shares.items(), strict=True):
-        heights = np.concatenate([values - 0.5, values[-1:] + 0.5])
-        mesh = axis.pcolormesh(edges, heights, share, cmap="Blues", vmin=0, vmax=top, rasterized=True)
+    for axis, arm in zip(axes, arms, strict=True):
+        edges, values, share = shares[arm]
+        heights = np.concatenate([values - 0.5, values[-1:] + 0.5]).clip(min=NO_ROLLOUT if doublings else -0.5)
+        mesh = axis.pcolormesh(
+            edges, heights, share, cmap="Blues", vmin=0, vmax=usual_share(list(shares.values())), rasterized=True
+        )
         mean = values @ share
         centres = (edges[:-1] + edges[1:]) / 2
         axis.plot(centres, mean, color="#D55E00", linewidth=1.2, linestyle=(0, (3, 1.5)), label="mean")
         arm_title(axis, arm, styles(study.plan["arms"])[arm].colour)
         axis.grid(visible=False)
-    from matplotlib.ticker import MaxNLocator
-
-    axes[0].yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _rollout_scale(axes[0], max(most), doublings)
     amounts(axes[0].xaxis, bins=2 if narrow() else 4)
     axes[0].legend(loc="upper right", handlelength=2.2, frameon=True, framealpha=0.85, edgecolor="none")
     label_below(figure, cost_label(study.currency))
     figure.supylabel("rollouts of a prompt", fontsize=8.5)
     if mesh is not None:
-        bar = figure.colorbar(mesh, ax=axes, shrink=0.9, aspect=18, pad=0.02)
+        bar = figure.colorbar(
+            mesh, ax=axes, shrink=0.9, aspect=max(18, 5 * figure.get_figheight()), pad=0.02, extend="max"
+        )
         percent(bar.ax.yaxis)
         bar.set_label("share of prompts, %")
         bar.outline.set_visible(False)
     return figure
+
+
+def usual_share(shares: Sequence[tuple[Floats, Floats, Floats]]) -> float:
+    """The share that the darkest colour stands for: of the usual arm's most frequent number, when it varies.
+
+    The largest of all would be 1: an arm that reads histories gives every prompt the same until it has some.
+    """
+    largest = [share.max(axis=0) for _, _, share in shares]
+    varied = [float(np.quantile(own[own < 1 - 1e-9], 0.9)) for own in largest if own.min() < 1 - 1e-9]
+    return float(np.median(varied)) if varied else 1.0
+
+
+def _rollout_scale(axis: Axes, most: float, doublings: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    if not doublings:
+        axis.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        return
+    axis.set_yscale("log", base=2)
+    powers = [2**power for power in range(0, int(np.log2(most)) + 1, 1 if most < 40 else 2)]
+    axis.set_yticks([2**0.5 * NO_ROLLOUT, *powers], ["0", *map(str, powers)])
+    axis.minorticks_off()
+    axis.set_ylim(NO_ROLLOUT, most + 0.5)
 
 
 def pass_at_k(scores: Scores) -> Figure | None:
@@ -189,9 +224,11 @@ def _differences_over_tries(scores: Scores, tries: Sequence[int]) -> Figure:
     gaps = {arm: gap_over_tries(scores, arm, tries) for arm in arms}
     reach = {arm: float(np.abs(gap.runs).max()) for arm, gap in gaps.items()}
     usual = [arm for arm in gaps if reach[arm] <= FAR_OUT * np.median(list(reach.values()))]
-    figure, axes = panels(len(gaps), _COLUMNS, height=1.0 if narrow() else 1.2, share_y=False)
+    shown = part_of_panels(arms)
+    figure, axes = panels(len(shown), _COLUMNS, height=1.0 if narrow() else 1.2, share_y=False)
     labelled = set()
-    for axis, (arm, gap) in zip(axes, gaps.items(), strict=True):
+    for axis, arm in zip(axes, shown, strict=True):
+        gap = gaps[arm]
         axis.axhline(0.0, color=REFERENCE_GREY, linewidth=1.2, zorder=2)
         _draw(axis, gap, Style(looks[arm].colour, looks[arm].marker, (0, ())))
         axis.plot(tries, gap.mean, color=looks[arm].colour, marker=looks[arm].marker, markersize=3, zorder=4)

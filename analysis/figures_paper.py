@@ -1,8 +1,8 @@
-"""Figures that papers of the field show beside a table: profiles, difficulty, improvement, Pareto front, histograms."""
+"""Figures that papers of the field show beside a table: profiles, difficulty, improvement, Pareto front."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,32 +14,22 @@ from analysis.palette import styles
 from analysis.plotting import (
     amounts,
     beside,
-    compact_log,
-    label_below,
     label_x,
     legend_right,
     line,
     narrow,
     new_figure,
+    part_of_rows,
     percent,
 )
-from analysis.results import Study
 from analysis.statistics import Floats, family_weights, improvement_estimate
 from analysis.table_difficulty import by_difficulty
-from benchmark.jsonl import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-HISTOGRAMS = (
-    ("policy/entropy_nats", "entropy, nats", False),
-    ("policy/ratio_max", "largest ratio", True),
-    ("policy/kl_old_nats", "KL(old, new), nats", True),
-)
-"""Per-step quantities: key, label, whether the axis is logarithmic."""
-FLOOR = 1e-3
-"""Nats below which a token counts as certain."""
+LEAST_REACH = 0.1
+"""Difference that has the strongest colour of the difficulty figure, unless more than a few are larger."""
 
 
 def difficulty(scores: Scores) -> Figure | None:
@@ -47,28 +37,42 @@ def difficulty(scores: Scores) -> Figure | None:
 
     A bold number has an interval without 0 (seeds and problems of the bin; not corrected for the many numbers).
     """
+    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap
+
     study = scores.study
     if study.reference not in study.arms:
         return None
     cells = list(by_difficulty(scores))
-    arms, heads = list(dict.fromkeys(cell.arm for cell in cells)), [c for c in cells if c.arm == study.reference]
-    figure = new_figure(0.2 * len(arms) + 0.75)
+    heads = [c for c in cells if c.arm == study.reference]
+    arms, high = part_of_rows(list(dict.fromkeys(cell.arm for cell in cells)), 0.2, 0.75)
+    figure = new_figure(high * len(arms) + 0.75)
     axis: Axes = figure.subplots()
     table = np.full((len(arms), len(heads)), np.nan)
     size = 6.0 if narrow() else 7.5
-    for place, cell in enumerate(cells):
+    for place, cell in enumerate([cell for cell in cells if cell.arm in arms]):
         row, column = divmod(place, len(heads))
         mean = float(cell.found.mean)
         look: dict[str, Any] = {"weight": "bold" if cell.clear else "normal"}
-        if row == 0:
+        if cell.arm == study.reference:
             look = {"color": "#444444", "style": "italic"}
         else:
             table[row, column] = mean
-        text = points(mean, sign=True) if row else f"{100 * mean:.1f} %"
+        text = points(mean, sign=True) if cell.arm != study.reference else f"{100 * mean:.1f} %"
         axis.text(column, row, text, ha="center", va="center", fontsize=size, **look)
-    reach = float(np.nanmax(np.abs(table), initial=0.01))
+    # Of all arms, in every part. One arm far off does not pale the others, nor do small differences look large.
+    found = [abs(float(cell.found.mean)) for cell in cells if cell.arm != study.reference]
+    reach = max(LEAST_REACH, float(np.quantile(found, 0.95)) if found else 0.0)
     # Light at both ends, so that black text stays readable; the sign is in the text, for grey print.
-    axis.imshow(table, cmap="PuOr", vmin=-2.2 * reach, vmax=2.2 * reach, aspect="auto")
+    colours = LinearSegmentedColormap.from_list("pale", colormaps["PuOr"](np.linspace(0.27, 0.73, 65)))
+    image = axis.imshow(table, cmap=colours, vmin=-reach, vmax=reach, aspect="auto")
+    bar = figure.colorbar(
+        image, ax=axis, shrink=0.9, aspect=max(22, 5 * figure.get_figheight()), pad=0.02, extend="both"
+    )
+    percent(bar.ax.yaxis)
+    bar.set_label("points", fontsize=size)
+    bar.ax.tick_params(labelsize=size)
+    bar.outline.set_visible(False)
     axis.set_xticks(range(len(heads)), [f"{head.name}\nn = {head.problems}" for head in heads])
     axis.set_yticks(range(len(arms)), arms)
     axis.tick_params(length=0, labelsize=size)
@@ -171,118 +175,3 @@ def pareto(scores: Scores) -> Figure | None:
         axis.set_ylabel(f"final {metric_name(study.metric)}, %")
     legend_right(figure, axes[-1])
     return figure
-
-
-def step_histograms(scores: Scores) -> Figure | None:
-    """How entropy, the largest ratio and the KL estimate of a step are spread over the steps of each arm.
-
-    One row an arm: darker is a larger share of its steps, all seeds together; the line is the median.
-    """
-    study = scores.study
-    kept = [entry for entry in HISTOGRAMS if entry[0] in study.steps and study.steps[entry[0]].notna().any()]
-    if not kept:
-        return None
-    steps = {arm: study.steps[study.steps["arm"] == arm] for arm in study.arms}
-    return _histograms(
-        [
-            (label, {arm: own[key].dropna().to_numpy(float) for arm, own in steps.items()}, logarithmic)
-            for key, label, logarithmic in kept
-        ],
-        "steps",
-    )
-
-
-def traced_tokens(study: Study, channel: str) -> dict[str, dict[str, Floats]]:
-    """A channel of every traced token at the first and at the last traced update, (T,) by moment and arm.
-
-    All runs of an arm together; without traces there is no moment.
-
-    Args:
-        channel: ``entropy`` in nats, or ``ratio``, pi / pi_old as the update met it.
-    """
-    found: dict[str, dict[str, list[float]]] = {"first": {}, "last": {}}
-    for cell in study.done.to_dict("records"):
-        rows = read_rows(study.folder / str(cell["dir"]) / "traces.jsonl")[0]
-        rows = [row for row in rows if row["phase"] == "training"]
-        steps = [row["step"] for row in rows]
-        for row in rows:
-            tokens = [value for rollout in row["rollouts"] for value in rollout.get(channel, ()) if value is not None]
-            for moment, step in (("first", min(steps)), ("last", max(steps))):
-                if row["step"] == step and tokens:
-                    found[moment].setdefault(str(cell["arm"]), []).extend(tokens)
-    return {moment: {arm: np.array(v) for arm, v in arms.items()} for moment, arms in found.items() if arms}
-
-
-def token_entropy(scores: Scores) -> Figure | None:
-    """How the policy's entropy is spread over tokens at the first and the last update of each arm.
-
-    Tokens of the traced rollouts, all seeds together; the first cell holds those below `FLOOR` nats.
-    """
-    return _tokens(scores, "entropy", "entropy of a token, nats", FLOOR)
-
-
-def token_ratio(scores: Scores) -> Figure | None:
-    """How the ratio pi / pi_old is spread over tokens at the first and the last update of each arm.
-
-    Tokens of the traced rollouts, all seeds together, as their first update in the step met them: those in the step's
-    first minibatch have ratio 1.
-    """
-    return _tokens(scores, "ratio", "ratio of a token, pi / pi_old")
-
-
-def _tokens(scores: Scores, channel: str, label: str, floor: float | None = None) -> Figure | None:
-    found = traced_tokens(scores.study, channel)
-    if not found:
-        return None
-    least = -np.inf if floor is None else floor
-    nothing = np.array([])
-    samples = {
-        moment: {arm: arms.get(arm, nothing).clip(min=least) for arm in scores.study.arms}
-        for moment, arms in found.items()
-    }
-    panels = [(f"{moment} update", sample, floor is not None) for moment, sample in samples.items()]
-    figure = _histograms(panels, "tokens")
-    label_below(figure, label)
-    return figure
-
-
-def _histograms(panels: Sequence[tuple[str, Mapping[str, Floats], bool]], what: str) -> Figure:
-    """Panels of (title, sample by arm, whether the axis is logarithmic), with one scale of shares of `what`."""
-    arms = list(panels[0][1])
-    figure, axes = beside(len(panels), 0.17 * len(arms) + 0.75, share_x=False, share_y=True)
-    meshes = []
-    for axis, (title, values, logarithmic) in zip(axes, panels, strict=True):
-        meshes.append(_rows_of_histograms(axis, list(values.values()), logarithmic))
-        axis.set_title(title, loc="left")
-        axis.set_yticks(range(len(arms)), arms)
-        axis.set_ylim(len(arms) - 0.5, -0.5)
-        axis.tick_params(labelsize=6.5)
-        axis.tick_params(axis="y", length=0)
-        axis.grid(visible=False)
-    bar = figure.colorbar(meshes[0], ax=axes, shrink=0.9, aspect=22, pad=0.02)
-    percent(bar.ax.yaxis)
-    bar.set_label(f"share of {what}, %")
-    bar.outline.set_visible(False)
-    return figure
-
-
-def _rows_of_histograms(axis: Axes, rows: Sequence[Floats], logarithmic: bool, bins: int = 32) -> Any:
-    """One row of cells a sample; the axis goes from the 2 % to the 98 % quantile, beyond which the end cells count.
-
-    Else one extreme value would take most of it.
-    """
-    everything = np.concatenate(rows)
-    low, high = (float(x) for x in np.quantile(everything, (0.02, 0.98)))
-    high = high if high > low else low + 1.0
-    edges = np.geomspace(low, high, bins + 1) if logarithmic and low > 0 else np.linspace(low, high, bins + 1)
-    shares = np.stack([np.histogram(row.clip(low, high), edges)[0] / max(len(row), 1) for row in rows])
-    heights = np.arange(len(rows) + 1) - 0.5
-    mesh = axis.pcolormesh(edges, heights, shares, cmap="Greys", vmin=0, vmax=0.35, rasterized=True)
-    for place, row in enumerate(rows):
-        if len(row):
-            middle = float(np.median(row.clip(low, high)))
-            axis.plot([middle, middle], [place - 0.42, place + 0.42], color="#D55E00", linewidth=1.6)
-    if logarithmic and low > 0:
-        axis.set_xscale("log")
-        compact_log(axis.xaxis, decades=high > 100 * low)
-    return mesh
