@@ -158,6 +158,7 @@ def _captions(scores: Scores) -> dict[str, str]:
     spread = "bands are 95 % intervals over seeds" if max(counts) > 2 else "thin lines are single runs"
     if max(counts) == 1:
         spread = "one run an arm"
+    own_scale = "numbers in an arm's colour: that panel has a scale of its own"
     return {
         "final_accuracy": f"Final {metric} by arm, mean over task families; 95 % interval {over}; the dashed "
         f"line is {reference}.",
@@ -170,12 +171,15 @@ def _captions(scores: Scores) -> dict[str, str]:
         "over seeds, the line is the Pareto front.",
         "pass_at_k": f"Final pass@k over the number of tries k, and its difference to {reference}."
         if len(study.arms) <= CROWDED
-        else f"Difference of final pass@k to {reference} over the number of tries k; {spread}; numbers in an arm's "
-        "colour: that panel has a scale of its own.",
+        else f"Difference of final pass@k to {reference} over the number of tries k; {spread}; {own_scale}.",
         "performance_profiles": "Share of runs and problems whose final pass@1 is at least as high as the value below, "
-        f"families weighted equally, and its difference to {reference}.",
+        f"families weighted equally, and its difference to {reference}."
+        if len(study.arms) <= CROWDED
+        else "Share of runs and problems whose final pass@1 is at least as high as the value below, families weighted "
+        f"equally, minus that of {reference}; {spread}; {own_scale}.",
         "entropy_and_gradient_norm": f"Policy entropy and gradient norm over training spend in {cost}, mean "
-        "over seeds, averaged over neighbouring steps.",
+        "over seeds, averaged over neighbouring steps"
+        + ("." if len(study.arms) <= CROWDED else f"; {reference} in grey behind each arm."),
         "rollouts_per_prompt": "Share of a step's prompts by the number of rollouts they got, over training, "
         "for the arms that allocate; the dashed line is the mean.",
         "spend_by_phase": "Device seconds of a run by phase, mean over seeds; evaluation is not part of the budget.",

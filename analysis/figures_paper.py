@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.comparisons import Scores
+from analysis.figure_data import Band, band
+from analysis.figures_curves import difference_panels
 from analysis.figures_forest import forest
 from analysis.formatting import currency_name, metric_name, points
-from analysis.palette import styles
+from analysis.palette import FILLS, styles
 from analysis.plotting import (
+    CROWDED,
     amounts,
     beside,
+    label_below,
     label_x,
     legend_right,
     line,
@@ -83,17 +87,35 @@ def difficulty(scores: Scores) -> Figure | None:
     return figure
 
 
-def profile(scores: Scores, arm: str, thresholds: Floats) -> Floats:
-    """Share of runs and problems whose final pass@1 is at least each threshold, families weighted equally; (T,)."""
-    final = scores.final(arm, "pass_at_1")
+def profile(scores: Scores, arm: str, thresholds: Floats, seeds: Sequence[int] | None = None) -> Floats:
+    """Share of runs and problems whose final pass@1 is at least each threshold, families weighted equally; (T,).
+
+    Args:
+        seeds: runs that count; by default all.
+    """
+    final = scores.final(arm, "pass_at_1", seeds)
     reached = (final[None] >= thresholds[:, None, None] - 1e-9).mean(axis=1)
     return np.asarray(reached @ family_weights(scores.families), dtype=np.float64)
 
 
+def profile_gap(scores: Scores, arm: str, thresholds: Floats) -> Band:
+    """An arm's `profile` minus the reference's, by seed."""
+    seeds = scores.seeds(arm, scores.study.reference)
+    own, base = (
+        [profile(scores, name, thresholds, [seed]) for seed in seeds] for name in (arm, scores.study.reference)
+    )
+    return band(thresholds, np.stack(own) - np.stack(base))
+
+
 def performance_profiles(scores: Scores) -> Figure | None:
-    """Share of runs and problems at or above a score, over the score; on the right the difference to the reference."""
+    """Share of runs and problems at or above a score, over the score; on the right the difference to the reference.
+
+    Where there are too many arms for one panel: the difference alone, a panel an arm.
+    """
     study, looks = scores.study, styles(scores.study.plan["arms"])
     thresholds = np.linspace(1 / study.samples, 1, min(study.samples, 64))
+    if study.reference in study.arms and len(study.arms) > CROWDED:
+        return _profile_panels(scores, thresholds)
     profiles = {arm: profile(scores, arm, thresholds) for arm in study.arms}
     base = profiles.get(study.reference)
     figure, axes = beside(1 if base is None else 2, 2.2 if narrow() else 3.3)
@@ -109,6 +131,20 @@ def performance_profiles(scores: Scores) -> Figure | None:
     for axis in axes[-1:] if narrow() else axes:
         axis.set_xlabel("final pass@1 of a problem, %")
     legend_right(figure, axes[-1])
+    return figure
+
+
+def _profile_panels(scores: Scores, thresholds: Floats) -> Figure:
+    reference = scores.study.reference
+    arms = [arm for arm in scores.study.arms if arm != reference and scores.seeds(arm, reference)]
+
+    def finish(axis: Axes) -> None:
+        percent(axis.yaxis, 4)
+        percent(axis.xaxis, 3)
+
+    figure = difference_panels(scores, {arm: profile_gap(scores, arm, thresholds) for arm in arms}, finish)
+    label_below(figure, "final pass@1 of a problem, %")
+    figure.supylabel(f"runs and problems at or above, minus {reference}, points", fontsize=8.5)
     return figure
 
 
@@ -140,10 +176,33 @@ def front(cost: Sequence[float], accuracy: Sequence[float]) -> list[int]:
     return chosen
 
 
+def name_front(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names beside the points of a front, (name, x, y) from the left and lowest, in steps that keep them apart.
+
+    No point lies above and left of one on a front: there stands its name, or below where the axis begins.
+    """
+    low, high = axis.get_ylim()
+    left, right = axis.get_xlim()
+    step = 8.5 / 72 * axis.figure.dpi * (high - low) / axis.get_window_extent().height
+    outer = [point for point in points if point[1] < left + 0.33 * (right - left)]
+    look = {"arrowstyle": "-", "color": "#666666", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+    level = np.inf
+    for name, x, y in reversed(outer):
+        level = min(y, level) - step
+        place = (x + 0.03 * (right - left), level)
+        axis.annotate(name, (x, y), place, va="center", fontsize=6.5, zorder=5, arrowprops=look)
+    level = -np.inf
+    for name, x, y in points[len(outer) :]:
+        level = max(y, level) + step
+        place = (x - 0.12 * (x - left), level)
+        axis.annotate(name, (x, y), place, ha="right", va="center", fontsize=6.5, zorder=5, arrowprops=look)
+    axis.set_ylim(low, max(high, level + step))
+
+
 def pareto(scores: Scores) -> Figure | None:
     """Final accuracy over what a run cost in currencies other than the budget's; the line is the Pareto front.
 
-    Bars are 95 % intervals over seeds.
+    Bars are 95 % intervals over seeds. Markers differ in form and filling; those on the front have their names as well.
     """
     study, looks = scores.study, styles(scores.study.plan["arms"])
     spent = study.done.groupby("arm")[["spent/flops", "spent/device_seconds"]].mean()
@@ -158,19 +217,29 @@ def pareto(scores: Scores) -> Figure | None:
         heights = [float(found[arm].mean) for arm in study.arms]
         best = front(cost, heights)
         axis.step([cost[i] for i in best], [heights[i] for i in best], where="post", color="#9A9A9A", zorder=1)
-        for arm, x, y in zip(study.arms, cost, heights, strict=True):
-            style = looks[arm]
+        for place, (arm, x, y) in enumerate(zip(study.arms, cost, heights, strict=True)):
+            style, layer = looks[arm], 4 if place in best else 2
+            ends = [float(found[arm].low), float(found[arm].high)]
+            axis.plot([x, x], ends, color=style.colour, linewidth=0.8, alpha=0.6, zorder=layer - 1)
             axis.plot(
-                [x, x], [float(found[arm].low), float(found[arm].high)], color=style.colour, linewidth=0.8, alpha=0.6
+                x,
+                y,
+                style.marker,
+                color=style.colour,
+                markersize=9.0 if style.marker == "*" else 5.5,  # a star fills a third of its square
+                fillstyle=FILLS[style.dash],
+                markerfacecoloralt="white",
+                markeredgewidth=0.9,
+                label=arm,
+                zorder=layer,
             )
-            size = 9.0 if style.marker == "*" else 5.5  # a star fills a third of its square
-            axis.plot(x, y, style.marker, color=style.colour, markersize=size, markeredgecolor="white", label=arm)
         axis.set_xlabel(f"{currency_name(str(currency).removeprefix('spent/'))} of a run,\nmean over seeds")
         # Costs that are all but equal stay beside each other.
         middle, reach = (max(cost) + min(cost)) / 2, max((max(cost) - min(cost)) * 0.55, 0.05 * max(cost))
         axis.set_xlim(middle - reach, middle + reach)
         amounts(axis.xaxis)
         percent(axis.yaxis)
+        name_front(axis, [(study.arms[i], cost[i], heights[i]) for i in best])
     for axis in axes if narrow() else axes[:1]:
         axis.set_ylabel(f"final {metric_name(study.metric)}, %")
     legend_right(figure, axes[-1])

@@ -178,9 +178,25 @@ def panel_grid(count: int, columns: int, height: float) -> tuple[int, float]:
 
 def part_of_panels(items: Sequence[Item]) -> list[Item]:
     """The items that get a panel in the part to draw; all where a sheet has room for as many small panels."""
+    return part_of(items, _most_panels())
+
+
+def _most_panels() -> float:
     sheet = _sheet.get()
     rows = (sheet.height - AROUND_PANELS) / LOWEST_PANEL
-    return part_of(items, max(1, int(sheet.width / 1.3)) * (int(rows) if math.isfinite(rows) else rows))
+    return max(1, int(sheet.width / 1.3)) * (int(rows) if math.isfinite(rows) else rows)
+
+
+def chunks_of_panels(items: Sequence[Item]) -> list[list[Item]]:
+    """The items in as many lists of about equal length as they take sheets with a panel for each."""
+    parts = math.ceil(len(items) / most) if math.isfinite(most := _most_panels()) else 1
+    size = math.ceil(len(items) / parts)
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def part_of_each(sheets: Sequence[Item]) -> list[Item]:
+    """One of some sheets, as the part to draw; all of them where the height has no limit."""
+    return part_of(sheets, 1 if math.isfinite(_sheet.get().height) else math.inf)
 
 
 def panels(

@@ -23,7 +23,7 @@ from analysis import figures_histograms as histograms
 from analysis import figures_paper as paper
 from analysis.comparisons import Scores
 from analysis.figures import paper_figures, write_paper_figures
-from analysis.palette import ARMS, PHASES, SPARE
+from analysis.palette import ARMS, FILLS, PHASES, SPARE
 from analysis.plotting import COLUMNS, PAPER_HEIGHT, theme
 from analysis.results import load_study, only
 from analysis.statistics import family_weights
@@ -390,3 +390,51 @@ def test_small_differences_by_difficulty_stay_pale_beside_a_bar_of_their_colours
         figure = paper.difficulty(same)
     assert figure is not None
     assert figure.axes[0].images[0].get_clim() == (-paper.LEAST_REACH, paper.LEAST_REACH)
+
+
+def test_markers_of_the_front_differ_without_colours_and_have_names(tmp_path: Path) -> None:
+    recipe = synthetic.Recipe(seeds=(0, 1, 2), items=8, points=3, steps=4)
+    scores = Scores(load_study(synthetic.make_study(tmp_path, recipe)))
+    with theme():
+        figure = paper.pareto(scores)
+    assert figure is not None
+    axis = figure.axes[0]
+    drawn = [line for line in axis.get_lines() if line.get_label() in scores.study.arms]
+    assert len(drawn) == len(scores.study.arms) == 14
+    assert len({(line.get_marker(), line.get_fillstyle()) for line in drawn}) == 14
+    highest = max(drawn, key=lambda line: float(np.max(line.get_ydata())))
+    named = [text.get_text() for text in axis.texts]
+    assert highest.get_label() in named
+    assert len(named) == len(set(named))
+    heights = [text.get_position()[1] for text in axis.texts]
+    assert len(set(heights)) == len(heights)
+
+
+def test_every_pair_of_marker_and_filling_is_one_arms() -> None:
+    looks = [*ARMS.values(), *SPARE]
+    assert len({(look.marker, FILLS[look.dash]) for look in looks}) == len(looks)
+
+
+def test_many_arms_have_a_panel_each_for_entropy_norm_and_profile(field: Scores) -> None:
+    with theme():
+        figure = paper_figures(field)["entropy_and_gradient_norm"]()
+        profiles = paper.performance_profiles(field)
+    assert figure is not None
+    assert profiles is not None
+    titles = [axis.get_title("left") for axis in figure.axes if axis.get_visible()]
+    assert sorted(titles) == sorted([*field.study.arms, *field.study.arms])
+    panels = {axis.get_title("left"): axis for axis in profiles.axes if axis.get_visible()}
+    assert set(panels) == {*field.study.arms} - {"grpo"}
+    assert all(len(axis.get_lines()) <= 4 for axis in (*figure.axes, *panels.values()))
+    thresholds = np.linspace(1 / field.study.samples, 1, field.study.samples)
+    expected = paper.profile(field, "dynamo", thresholds) - paper.profile(field, "grpo", thresholds)
+    shown = [line.get_ydata() for line in panels["dynamo"].get_lines() if len(line.get_xdata()) == len(thresholds)]
+    np.testing.assert_allclose(shown[0], expected, atol=1e-12)
+    parts = []
+    for part in (0, 1):
+        with theme(COLUMNS["double"], PAPER_HEIGHT, part) as sheet:
+            half = paper_figures(field)["entropy_and_gradient_norm"]()
+        assert half is not None
+        assert sheet.parts == 2
+        parts.append(half.get_supylabel())
+    assert parts == ["entropy, nats", "gradient norm"]
