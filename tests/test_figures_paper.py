@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,8 +22,10 @@ from PIL import Image
 
 from analysis import figures_histograms as histograms
 from analysis import figures_paper as paper
+from analysis.captions import READING, SWEEP
 from analysis.comparisons import Scores
 from analysis.figures import paper_figures, write_paper_figures
+from analysis.notebook import sweep_figures
 from analysis.palette import ARMS, FILLS, PHASES, SPARE
 from analysis.plotting import COLUMNS, PAPER_HEIGHT, theme
 from analysis.results import load_study, only
@@ -31,6 +34,7 @@ from analysis.table_difficulty import UPPER_ENDS, difficulty_bins, difficulty_ta
 from benchmark.errors import InputError
 
 sys.path.append(str(Path(__file__).parent))
+ROOT = Path(__file__).parent.parent
 synthetic: Any = importlib.import_module("synthetic_results")
 
 
@@ -126,6 +130,34 @@ def test_every_figure_is_written_at_both_widths_with_embedded_fonts(written: Pat
             assert box is not None
             assert float(box[1].split()[2]) == pytest.approx(72 * width, abs=0.5)
             assert file.with_suffix(".svg").stat().st_size > 1000
+
+
+def test_every_written_figure_has_a_caption_that_says_how_to_read_it(written: Path, field: Scores) -> None:
+    stems = {path.stem for path in written.glob("*.pdf")}
+    captions = {path.name.removesuffix(".caption.txt"): path.read_text() for path in written.glob("*.caption.txt")}
+    assert captions.keys() == stems
+    assert "bars are 95 % intervals over seeds" in captions["x_pareto_single"]
+    assert "bands are 95 % intervals over seeds" in captions["x_learning_curves_double"]
+    for name in ("step_histograms",):
+        assert "orange tick is the median" in captions[f"x_{name}_single"]
+        assert "collect what lies beyond" in captions[f"x_{name}_single"]
+    for plans in (paper_figures(field), sweep_figures(pd.DataFrame())):
+        for name, plan in plans.items():
+            assert len(plan.caption) > 80, name
+            assert plan.caption.endswith("."), name
+            assert "{" not in plan.caption
+
+
+def test_docs_describe_every_figure_and_parameter_of_a_notebook() -> None:
+    text = (ROOT / "docs" / "report.md").read_text()
+    section = text[text.index("## Figures and notebooks") :]
+    described = set(re.findall(r"`(\w+)`", section))
+    assert described >= {*READING, *SWEEP}
+    for path in (ROOT / "analysis" / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        parameters = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
+        named = re.findall(r"^(\w+) = ", "".join(parameters["source"]), re.M)
+        assert described >= {path.stem, *named}
 
 
 def test_nothing_is_cut_off_at_the_edges_of_a_column(written: Path) -> None:
@@ -272,6 +304,7 @@ def test_parts_are_files_of_their_own_and_old_ones_go(field: Scores, tmp_path: P
     shown = write_paper_figures(plans, tmp_path, "x")
     assert [path.name for path in shown] == ["x_learning_curves_double.png"]
     numbered = [f"x_learning_curves_single_{part}" for part in (1, 2, 3)]
+    assert "Part 2 of 3." in (tmp_path / f"{numbered[1]}.caption.txt").read_text()
     assert {path.stem for path in tmp_path.glob("*.png")} == {"x_learning_curves_double", *numbered}
 
 
