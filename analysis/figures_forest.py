@@ -94,13 +94,13 @@ def forest(study: Study, found: Mapping[str, Estimate], *, sign: bool = False, d
 def spend_by_phase(scores: Scores) -> Figure | None:
     """Device seconds of a run by phase, mean over seeds, one bar an arm in the study's order."""
     seconds = phase_seconds(scores.study)
-    arms, high = part_of_rows(list(seconds.index), _ROW, 1.0)
-    longest = float(seconds.sum(axis=1).max())
-    seconds = seconds.loc[arms]
     names = [str(name) for name in seconds]
     phases = [name for name in PHASES if name in names] + sorted(set(names) - set(PHASES))
     if not phases:
         return None
+    longest = sum((seconds[name].to_numpy(float) for name in phases), np.zeros(len(seconds))).max()
+    arms, high = part_of_rows(list(seconds.index), _ROW, 1.0)
+    seconds = seconds.loc[arms]
     figure = new_figure(high * len(arms) + 1.0)
     axis = figure.subplots()
     left = np.zeros(len(seconds))
