@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.captions import paper_captions, study_captions
 from analysis.comparisons import Scores
-from analysis.formatting import currency_name, metric_name
-from analysis.plotting import COLUMNS, CROWDED, save, theme
+from analysis.plotting import COLUMNS, PAPER_HEIGHT, save, theme
+from benchmark.jsonl import atomic_write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,8 +44,20 @@ class Drawn:
         return f"![{self.caption}](figures/{self.name}.png)\n\n*{self.caption}* ({links})\n\n"
 
 
-Plans = Mapping[str, Callable[[], "Figure | None"]]
-"""How to draw each figure, by name; a figure there is no data for is None."""
+@dataclass(frozen=True)
+class Plan:
+    """How to draw a figure, which is None where there is no data for it, and its caption."""
+
+    draw: Callable[[], Figure | None]
+    caption: str
+
+    def __call__(self) -> Figure | None:
+        """Draw it."""
+        return self.draw()
+
+
+Plans = Mapping[str, Plan]
+"""Figures by name."""
 
 
 def write_figures(scores: Scores, folder: Path, variance: Mapping[str, Any] | None = None) -> list[Drawn]:
@@ -59,7 +72,7 @@ def write_figures(scores: Scores, folder: Path, variance: Mapping[str, Any] | No
     """
     draw = report_figures(scores, variance)
     folder.mkdir(parents=True, exist_ok=True)
-    captions, written = _captions(scores), []
+    written = []
     with theme():
         for name in ORDER:
             figure = draw[name]()
@@ -68,7 +81,7 @@ def write_figures(scores: Scores, folder: Path, variance: Mapping[str, Any] | No
                     stale.unlink()
                 continue
             save(figure, folder, name)
-            written.append(Drawn(name, captions[name]))
+            written.append(Drawn(name, draw[name].caption))
     return written
 
 
@@ -78,7 +91,7 @@ def report_figures(scores: Scores, variance: Mapping[str, Any] | None = None) ->
     from analysis import figures_forest as forests
     from analysis import figures_paper as paper
 
-    return {
+    draw: dict[str, Callable[[], Figure | None]] = {
         "final_accuracy": lambda: forests.final_accuracy(scores),
         "differences": lambda: forests.differences(scores),
         "probability_of_improvement": lambda: paper.improvement(scores),
@@ -91,23 +104,30 @@ def report_figures(scores: Scores, variance: Mapping[str, Any] | None = None) ->
         "spend_by_phase": lambda: forests.spend_by_phase(scores),
         "gradient_variance": lambda: forests.gradient_variance(variance or {}),
     }
+    captions = study_captions(scores)
+    return {name: Plan(draw[name], captions[name]) for name in ORDER}
 
 
 def paper_figures(scores: Scores, variance: Mapping[str, Any] | None = None) -> Plans:
     """The figures of a report, and those that papers add."""
+    from analysis import figures_histograms as histograms
     from analysis import figures_paper as paper
 
-    return {
-        **report_figures(scores, variance),
+    added: dict[str, Callable[[], Figure | None]] = {
         "difficulty": lambda: paper.difficulty(scores),
-        "step_histograms": lambda: paper.step_histograms(scores),
-        "token_entropy": lambda: paper.token_entropy(scores),
-        "token_ratio": lambda: paper.token_ratio(scores),
+        "step_histograms": lambda: histograms.step_histograms(scores),
+        "token_entropy": lambda: histograms.token_entropy(scores),
+        "token_ratio": lambda: histograms.token_ratio(scores),
     }
+    draw = {**{name: plan.draw for name, plan in report_figures(scores, variance).items()}, **added}
+    return {name: Plan(draw[name], caption) for name, caption in paper_captions(scores).items()}
 
 
 def write_paper_figures(plans: Plans, folder: Path, prefix: str, wide: Collection[str] = ()) -> list[Path]:
     """Write ``<prefix>_<name>_<column>.{svg,pdf,png}`` at the widths of one and of two columns of a paper.
+
+    What would be higher than a page is written in parts, ``<prefix>_<name>_<column>_<part>``. Beside every figure or
+    part stands its caption, ``.caption.txt``.
 
     Args:
         wide: names of figures that need two columns.
@@ -116,48 +136,32 @@ def write_paper_figures(plans: Plans, folder: Path, prefix: str, wide: Collectio
         The PNG files of two columns' width, for a notebook to show.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shown = []
+    shown: list[Path] = []
     for column, width in COLUMNS.items():
-        with theme(width):
-            for name, draw in plans.items():
-                figure = None if column == "single" and name in wide else draw()
-                if figure is not None:
-                    save(figure, folder, f"{prefix}_{name}_{column}")
-                    shown += [folder / f"{prefix}_{name}_{column}.png"] if column == "double" else []
+        for name, plan in plans.items():
+            if column == "single" and name in wide:
+                continue
+            stem = f"{prefix}_{name}_{column}"
+            for stale in (*folder.glob(f"{stem}.*"), *folder.glob(f"{stem}_[0-9]*")):
+                stale.unlink()
+            written = _write_parts(plan, width, folder, stem)
+            shown += [folder / f"{part}.png" for part in written] if column == "double" else []
     return shown
 
 
-def _captions(scores: Scores) -> dict[str, str]:
-    study = scores.study
-    metric, cost, reference = metric_name(study.metric), currency_name(study.currency), study.reference
-    counts = [len(scores.seeds(arm)) for arm in study.arms]
-    over = "over seeds and problems" if max(counts) > 1 else "over problems only, since there is one seed"
-    if min(counts) == 1 < max(counts):
-        over += " (of an arm with one seed over problems only)"
-    spread = "bands are 95 % intervals over seeds" if max(counts) > 2 else "thin lines are single runs"
-    if max(counts) == 1:
-        spread = "one run an arm"
-    return {
-        "final_accuracy": f"Final {metric} by arm, mean over task families; 95 % interval {over}; the dashed "
-        f"line is {reference}.",
-        "differences": f"Paired difference of final {metric} to {reference}, in percentage points; 95 % "
-        f"interval {over}; an interval across zero is no finding.",
-        "probability_of_improvement": f"Probability that a run of an arm has a higher final {metric} than a run of "
-        f"{reference} on a family drawn at random; 95 % interval over seeds; the line at one half is no difference.",
-        "learning_curves": f"pass@1 over training spend in {cost}; {spread}; {reference} in grey behind each arm.",
-        "pareto": f"Final {metric} over what a run cost in currencies other than the budget's; bars are 95 % intervals "
-        "over seeds, the line is the Pareto front.",
-        "pass_at_k": f"Final pass@k over the number of tries k, and its difference to {reference}."
-        if len(study.arms) <= CROWDED
-        else f"Difference of final pass@k to {reference} over the number of tries k; {spread}; numbers in an arm's "
-        "colour: that panel has a scale of its own.",
-        "performance_profiles": "Share of runs and problems whose final pass@1 is at least as high as the value below, "
-        f"families weighted equally, and its difference to {reference}.",
-        "entropy_and_gradient_norm": f"Policy entropy and gradient norm over training spend in {cost}, mean "
-        "over seeds, averaged over neighbouring steps.",
-        "rollouts_per_prompt": "Share of a step's prompts by the number of rollouts they got, over training, "
-        "for the arms that allocate; the dashed line is the mean.",
-        "spend_by_phase": "Device seconds of a run by phase, mean over seeds; evaluation is not part of the budget.",
-        "gradient_variance": "Measured variance of the gradient (trace of its covariance) on one checkpoint "
-        "at equal draws, relative to uniform allocation; lower is better.",
-    }
+def _write_parts(plan: Plan, width: float, folder: Path, stem: str) -> list[str]:
+    """Draw and save every part of a figure with its caption; returns the names."""
+    names: list[str] = []
+    part, parts = 0, 1
+    while part < parts:
+        with theme(width, PAPER_HEIGHT, part) as sheet:
+            figure = plan()
+            if figure is None:
+                break
+            parts = sheet.parts
+            names.append(stem if parts == 1 else f"{stem}_{part + 1}")
+            save(figure, folder, names[-1])
+        part += 1
+        told = "" if parts == 1 else f" Part {part} of {parts}."
+        atomic_write_text(folder / f"{names[-1]}.caption.txt", f"{plan.caption}{told}\n")
+    return names

@@ -20,6 +20,7 @@ from analysis.plotting import (
     label_x,
     narrow,
     new_figure,
+    part_of_rows,
     percent,
     point,
     rows,
@@ -74,7 +75,8 @@ def forest(study: Study, found: Mapping[str, Estimate], *, sign: bool = False, d
     """One row an arm, sorted by the mean, with the numbers written at the right edge."""
     looks = styles(study.plan["arms"])
     order = sorted(found, key=lambda arm: (-float(found[arm].mean), arm))
-    figure = new_figure(_ROW * len(order) + 0.7)
+    order, high = part_of_rows(order, _ROW, 0.7)
+    figure = new_figure(high * len(order) + 0.7)
     axis = figure.subplots()
     for row, arm in enumerate(order):
         mean, low, high = (float(x) for x in (found[arm].mean, found[arm].low, found[arm].high))
@@ -96,7 +98,10 @@ def spend_by_phase(scores: Scores) -> Figure | None:
     phases = [name for name in PHASES if name in names] + sorted(set(names) - set(PHASES))
     if not phases:
         return None
-    figure = new_figure(_ROW * len(seconds) + 1.0)
+    longest = sum((seconds[name].to_numpy(float) for name in phases), np.zeros(len(seconds))).max()
+    arms, high = part_of_rows(list(seconds.index), _ROW, 1.0)
+    seconds = seconds.loc[arms]
+    figure = new_figure(high * len(arms) + 1.0)
     axis = figure.subplots()
     left = np.zeros(len(seconds))
     for name in phases:
@@ -107,7 +112,7 @@ def spend_by_phase(scores: Scores) -> Figure | None:
     for row, total in enumerate(left):
         axis.text(total, row, f" {total:.3g} s", va="center", fontsize=7)
     rows(axis, list(seconds.index))
-    axis.set_xlim(0, 1.09 * float(left.max()))
+    axis.set_xlim(0, 1.09 * longest)
     amounts(axis.xaxis, bins=4 if narrow() else 7)
     label_x(figure, axis, "device seconds of a run, mean over seeds")
     columns = 4 if narrow() else len(phases)

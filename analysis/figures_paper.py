@@ -1,45 +1,39 @@
-"""Figures that papers of the field show beside a table: profiles, difficulty, improvement, Pareto front, histograms."""
+"""Figures that papers of the field show beside a table: profiles, difficulty, improvement, Pareto front."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from analysis.comparisons import Scores
+from analysis.figure_data import Band, band
+from analysis.figures_curves import difference_panels
 from analysis.figures_forest import forest
 from analysis.formatting import currency_name, metric_name, points
-from analysis.palette import styles
+from analysis.palette import FILLS, styles
 from analysis.plotting import (
+    CROWDED,
     amounts,
     beside,
-    compact_log,
     label_below,
     label_x,
     legend_right,
     line,
     narrow,
     new_figure,
+    part_of_rows,
     percent,
 )
-from analysis.results import Study
 from analysis.statistics import Floats, family_weights, improvement_estimate
 from analysis.table_difficulty import by_difficulty
-from benchmark.jsonl import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-HISTOGRAMS = (
-    ("policy/entropy_nats", "entropy, nats", False),
-    ("policy/ratio_max", "largest ratio", True),
-    ("policy/kl_old_nats", "KL(old, new), nats", True),
-)
-"""Per-step quantities: key, label, whether the axis is logarithmic."""
-FLOOR = 1e-3
-"""Nats below which a token counts as certain."""
+LEAST_REACH = 0.1
+"""Difference that has the strongest colour of the difficulty figure, unless more than a few are larger."""
 
 
 def difficulty(scores: Scores) -> Figure | None:
@@ -47,28 +41,42 @@ def difficulty(scores: Scores) -> Figure | None:
 
     A bold number has an interval without 0 (seeds and problems of the bin; not corrected for the many numbers).
     """
+    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap
+
     study = scores.study
     if study.reference not in study.arms:
         return None
     cells = list(by_difficulty(scores))
-    arms, heads = list(dict.fromkeys(cell.arm for cell in cells)), [c for c in cells if c.arm == study.reference]
-    figure = new_figure(0.2 * len(arms) + 0.75)
+    heads = [c for c in cells if c.arm == study.reference]
+    arms, high = part_of_rows(list(dict.fromkeys(cell.arm for cell in cells)), 0.2, 0.75)
+    figure = new_figure(high * len(arms) + 0.75)
     axis: Axes = figure.subplots()
     table = np.full((len(arms), len(heads)), np.nan)
     size = 6.0 if narrow() else 7.5
-    for place, cell in enumerate(cells):
+    for place, cell in enumerate([cell for cell in cells if cell.arm in arms]):
         row, column = divmod(place, len(heads))
         mean = float(cell.found.mean)
         look: dict[str, Any] = {"weight": "bold" if cell.clear else "normal"}
-        if row == 0:
+        if cell.arm == study.reference:
             look = {"color": "#444444", "style": "italic"}
         else:
             table[row, column] = mean
-        text = points(mean, sign=True) if row else f"{100 * mean:.1f} %"
+        text = points(mean, sign=True) if cell.arm != study.reference else f"{100 * mean:.1f} %"
         axis.text(column, row, text, ha="center", va="center", fontsize=size, **look)
-    reach = float(np.nanmax(np.abs(table), initial=0.01))
+    # Of all arms, in every part. One arm far off does not pale the others, nor do small differences look large.
+    found = [abs(float(cell.found.mean)) for cell in cells if cell.arm != study.reference]
+    reach = max(LEAST_REACH, float(np.quantile(found, 0.95)) if found else 0.0)
     # Light at both ends, so that black text stays readable; the sign is in the text, for grey print.
-    axis.imshow(table, cmap="PuOr", vmin=-2.2 * reach, vmax=2.2 * reach, aspect="auto")
+    colours = LinearSegmentedColormap.from_list("pale", colormaps["PuOr"](np.linspace(0.27, 0.73, 65)))
+    image = axis.imshow(table, cmap=colours, vmin=-reach, vmax=reach, aspect="auto")
+    bar = figure.colorbar(
+        image, ax=axis, shrink=0.9, aspect=max(22, 5 * figure.get_figheight()), pad=0.02, extend="both"
+    )
+    percent(bar.ax.yaxis)
+    bar.set_label("points", fontsize=size)
+    bar.ax.tick_params(labelsize=size)
+    bar.outline.set_visible(False)
     axis.set_xticks(range(len(heads)), [f"{head.name}\nn = {head.problems}" for head in heads])
     axis.set_yticks(range(len(arms)), arms)
     axis.tick_params(length=0, labelsize=size)
@@ -79,17 +87,35 @@ def difficulty(scores: Scores) -> Figure | None:
     return figure
 
 
-def profile(scores: Scores, arm: str, thresholds: Floats) -> Floats:
-    """Share of runs and problems whose final pass@1 is at least each threshold, families weighted equally; (T,)."""
-    final = scores.final(arm, "pass_at_1")
+def profile(scores: Scores, arm: str, thresholds: Floats, seeds: Sequence[int] | None = None) -> Floats:
+    """Share of runs and problems whose final pass@1 is at least each threshold, families weighted equally; (T,).
+
+    Args:
+        seeds: runs that count; by default all.
+    """
+    final = scores.final(arm, "pass_at_1", seeds)
     reached = (final[None] >= thresholds[:, None, None] - 1e-9).mean(axis=1)
     return np.asarray(reached @ family_weights(scores.families), dtype=np.float64)
 
 
+def profile_gap(scores: Scores, arm: str, thresholds: Floats) -> Band:
+    """An arm's `profile` minus the reference's, by seed."""
+    seeds = scores.seeds(arm, scores.study.reference)
+    own, base = (
+        [profile(scores, name, thresholds, [seed]) for seed in seeds] for name in (arm, scores.study.reference)
+    )
+    return band(thresholds, np.stack(own) - np.stack(base))
+
+
 def performance_profiles(scores: Scores) -> Figure | None:
-    """Share of runs and problems at or above a score, over the score; on the right the difference to the reference."""
+    """Share of runs and problems at or above a score, over the score; on the right the difference to the reference.
+
+    Where there are too many arms for one panel: the difference alone, a panel an arm.
+    """
     study, looks = scores.study, styles(scores.study.plan["arms"])
     thresholds = np.linspace(1 / study.samples, 1, min(study.samples, 64))
+    if study.reference in study.arms and len(study.arms) > CROWDED:
+        return _profile_panels(scores, thresholds)
     profiles = {arm: profile(scores, arm, thresholds) for arm in study.arms}
     base = profiles.get(study.reference)
     figure, axes = beside(1 if base is None else 2, 2.2 if narrow() else 3.3)
@@ -105,6 +131,20 @@ def performance_profiles(scores: Scores) -> Figure | None:
     for axis in axes[-1:] if narrow() else axes:
         axis.set_xlabel("final pass@1 of a problem, %")
     legend_right(figure, axes[-1])
+    return figure
+
+
+def _profile_panels(scores: Scores, thresholds: Floats) -> Figure:
+    reference = scores.study.reference
+    arms = [arm for arm in scores.study.arms if arm != reference and scores.seeds(arm, reference)]
+
+    def finish(axis: Axes) -> None:
+        percent(axis.yaxis, 4)
+        percent(axis.xaxis, 3)
+
+    figure = difference_panels(scores, {arm: profile_gap(scores, arm, thresholds) for arm in arms}, finish)
+    label_below(figure, "final pass@1 of a problem, %")
+    figure.supylabel(f"runs and problems at or above, minus {reference}, points", fontsize=8.5)
     return figure
 
 
@@ -136,10 +176,33 @@ def front(cost: Sequence[float], accuracy: Sequence[float]) -> list[int]:
     return chosen
 
 
+def name_front(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names beside the points of a front, (name, x, y) from the left and lowest, in steps that keep them apart.
+
+    No point lies above and left of one on a front: there stands its name, or below where the axis begins.
+    """
+    low, high = axis.get_ylim()
+    left, right = axis.get_xlim()
+    step = 8.5 / 72 * axis.figure.dpi * (high - low) / axis.get_window_extent().height
+    outer = [point for point in points if point[1] < left + 0.33 * (right - left)]
+    look = {"arrowstyle": "-", "color": "#666666", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+    level = np.inf
+    for name, x, y in reversed(outer):
+        level = min(y, level) - step
+        place = (x + 0.03 * (right - left), level)
+        axis.annotate(name, (x, y), place, va="center", fontsize=6.5, zorder=5, arrowprops=look)
+    level = -np.inf
+    for name, x, y in points[len(outer) :]:
+        level = max(y, level) + step
+        place = (x - 0.12 * (x - left), level)
+        axis.annotate(name, (x, y), place, ha="right", va="center", fontsize=6.5, zorder=5, arrowprops=look)
+    axis.set_ylim(low, max(high, level + step))
+
+
 def pareto(scores: Scores) -> Figure | None:
     """Final accuracy over what a run cost in currencies other than the budget's; the line is the Pareto front.
 
-    Bars are 95 % intervals over seeds.
+    Bars are 95 % intervals over seeds. Markers differ in form and filling; those on the front have their names as well.
     """
     study, looks = scores.study, styles(scores.study.plan["arms"])
     spent = study.done.groupby("arm")[["spent/flops", "spent/device_seconds"]].mean()
@@ -154,135 +217,30 @@ def pareto(scores: Scores) -> Figure | None:
         heights = [float(found[arm].mean) for arm in study.arms]
         best = front(cost, heights)
         axis.step([cost[i] for i in best], [heights[i] for i in best], where="post", color="#9A9A9A", zorder=1)
-        for arm, x, y in zip(study.arms, cost, heights, strict=True):
-            style = looks[arm]
+        for place, (arm, x, y) in enumerate(zip(study.arms, cost, heights, strict=True)):
+            style, layer = looks[arm], 4 if place in best else 2
+            ends = [float(found[arm].low), float(found[arm].high)]
+            axis.plot([x, x], ends, color=style.colour, linewidth=0.8, alpha=0.6, zorder=layer - 1)
             axis.plot(
-                [x, x], [float(found[arm].low), float(found[arm].high)], color=style.colour, linewidth=0.8, alpha=0.6
+                x,
+                y,
+                style.marker,
+                color=style.colour,
+                markersize=9.0 if style.marker == "*" else 5.5,  # a star fills a third of its square
+                fillstyle=FILLS[style.dash],
+                markerfacecoloralt="white",
+                markeredgewidth=0.9,
+                label=arm,
+                zorder=layer,
             )
-            size = 9.0 if style.marker == "*" else 5.5  # a star fills a third of its square
-            axis.plot(x, y, style.marker, color=style.colour, markersize=size, markeredgecolor="white", label=arm)
         axis.set_xlabel(f"{currency_name(str(currency).removeprefix('spent/'))} of a run,\nmean over seeds")
         # Costs that are all but equal stay beside each other.
         middle, reach = (max(cost) + min(cost)) / 2, max((max(cost) - min(cost)) * 0.55, 0.05 * max(cost))
         axis.set_xlim(middle - reach, middle + reach)
         amounts(axis.xaxis)
         percent(axis.yaxis)
+        name_front(axis, [(study.arms[i], cost[i], heights[i]) for i in best])
     for axis in axes if narrow() else axes[:1]:
         axis.set_ylabel(f"final {metric_name(study.metric)}, %")
     legend_right(figure, axes[-1])
     return figure
-
-
-def step_histograms(scores: Scores) -> Figure | None:
-    """How entropy, the largest ratio and the KL estimate of a step are spread over the steps of each arm.
-
-    One row an arm: darker is a larger share of its steps, all seeds together; the line is the median.
-    """
-    study = scores.study
-    kept = [entry for entry in HISTOGRAMS if entry[0] in study.steps and study.steps[entry[0]].notna().any()]
-    if not kept:
-        return None
-    steps = {arm: study.steps[study.steps["arm"] == arm] for arm in study.arms}
-    return _histograms(
-        [
-            (label, {arm: own[key].dropna().to_numpy(float) for arm, own in steps.items()}, logarithmic)
-            for key, label, logarithmic in kept
-        ],
-        "steps",
-    )
-
-
-def traced_tokens(study: Study, channel: str) -> dict[str, dict[str, Floats]]:
-    """A channel of every traced token at the first and at the last traced update, (T,) by moment and arm.
-
-    All runs of an arm together; without traces there is no moment.
-
-    Args:
-        channel: ``entropy`` in nats, or ``ratio``, pi / pi_old as the update met it.
-    """
-    found: dict[str, dict[str, list[float]]] = {"first": {}, "last": {}}
-    for cell in study.done.to_dict("records"):
-        rows = read_rows(study.folder / str(cell["dir"]) / "traces.jsonl")[0]
-        rows = [row for row in rows if row["phase"] == "training"]
-        steps = [row["step"] for row in rows]
-        for row in rows:
-            tokens = [value for rollout in row["rollouts"] for value in rollout.get(channel, ()) if value is not None]
-            for moment, step in (("first", min(steps)), ("last", max(steps))):
-                if row["step"] == step and tokens:
-                    found[moment].setdefault(str(cell["arm"]), []).extend(tokens)
-    return {moment: {arm: np.array(v) for arm, v in arms.items()} for moment, arms in found.items() if arms}
-
-
-def token_entropy(scores: Scores) -> Figure | None:
-    """How the policy's entropy is spread over tokens at the first and the last update of each arm.
-
-    Tokens of the traced rollouts, all seeds together; the first cell holds those below `FLOOR` nats.
-    """
-    return _tokens(scores, "entropy", "entropy of a token, nats", FLOOR)
-
-
-def token_ratio(scores: Scores) -> Figure | None:
-    """How the ratio pi / pi_old is spread over tokens at the first and the last update of each arm.
-
-    Tokens of the traced rollouts, all seeds together, as their first update in the step met them: those in the step's
-    first minibatch have ratio 1.
-    """
-    return _tokens(scores, "ratio", "ratio of a token, pi / pi_old")
-
-
-def _tokens(scores: Scores, channel: str, label: str, floor: float | None = None) -> Figure | None:
-    found = traced_tokens(scores.study, channel)
-    if not found:
-        return None
-    least = -np.inf if floor is None else floor
-    nothing = np.array([])
-    samples = {
-        moment: {arm: arms.get(arm, nothing).clip(min=least) for arm in scores.study.arms}
-        for moment, arms in found.items()
-    }
-    panels = [(f"{moment} update", sample, floor is not None) for moment, sample in samples.items()]
-    figure = _histograms(panels, "tokens")
-    label_below(figure, label)
-    return figure
-
-
-def _histograms(panels: Sequence[tuple[str, Mapping[str, Floats], bool]], what: str) -> Figure:
-    """Panels of (title, sample by arm, whether the axis is logarithmic), with one scale of shares of `what`."""
-    arms = list(panels[0][1])
-    figure, axes = beside(len(panels), 0.17 * len(arms) + 0.75, share_x=False, share_y=True)
-    meshes = []
-    for axis, (title, values, logarithmic) in zip(axes, panels, strict=True):
-        meshes.append(_rows_of_histograms(axis, list(values.values()), logarithmic))
-        axis.set_title(title, loc="left")
-        axis.set_yticks(range(len(arms)), arms)
-        axis.set_ylim(len(arms) - 0.5, -0.5)
-        axis.tick_params(labelsize=6.5)
-        axis.tick_params(axis="y", length=0)
-        axis.grid(visible=False)
-    bar = figure.colorbar(meshes[0], ax=axes, shrink=0.9, aspect=22, pad=0.02)
-    percent(bar.ax.yaxis)
-    bar.set_label(f"share of {what}, %")
-    bar.outline.set_visible(False)
-    return figure
-
-
-def _rows_of_histograms(axis: Axes, rows: Sequence[Floats], logarithmic: bool, bins: int = 32) -> Any:
-    """One row of cells a sample; the axis goes from the 2 % to the 98 % quantile, beyond which the end cells count.
-
-    Else one extreme value would take most of it.
-    """
-    everything = np.concatenate(rows)
-    low, high = (float(x) for x in np.quantile(everything, (0.02, 0.98)))
-    high = high if high > low else low + 1.0
-    edges = np.geomspace(low, high, bins + 1) if logarithmic and low > 0 else np.linspace(low, high, bins + 1)
-    shares = np.stack([np.histogram(row.clip(low, high), edges)[0] / max(len(row), 1) for row in rows])
-    heights = np.arange(len(rows) + 1) - 0.5
-    mesh = axis.pcolormesh(edges, heights, shares, cmap="Greys", vmin=0, vmax=0.35, rasterized=True)
-    for place, row in enumerate(rows):
-        if len(row):
-            middle = float(np.median(row.clip(low, high)))
-            axis.plot([middle, middle], [place - 0.42, place + 0.42], color="#D55E00", linewidth=1.6)
-    if logarithmic and low > 0:
-        axis.set_xscale("log")
-        compact_log(axis.xaxis, decades=high > 100 * low)
-    return mesh

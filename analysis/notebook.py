@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from analysis import table_scores, table_spend
+from analysis.captions import SWEEP
 from analysis.comparisons import Scores
-from analysis.figures import Plans, paper_figures, write_paper_figures
+from analysis.figures import Plan, Plans, paper_figures, write_paper_figures
 from analysis.from_mlflow import bring, bring_tables
 from analysis.notebook_choice import SOURCES, locate
 from analysis.results import load_study
@@ -21,6 +22,8 @@ from benchmark.errors import InputError
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
+
+INTERVALS = "Markers are ratios, lines are 95 % intervals; the line at 1 is uniform allocation."
 
 
 def open_study(results: str, source: str, tracking_uri: str) -> Scores:
@@ -93,15 +96,42 @@ def variance_figures(frame: pd.DataFrame) -> Plans:
     labels = list(dict.fromkeys(gradient["checkpoint"]))
     budgets = sorted(gradient["budget"].unique())
     budget = budgets[(len(budgets) - 1) // 2]
-    plans: dict[str, Any] = {
-        f"variance_ratio_n{budget}": lambda: draw.variance_ratio(gradient[gradient["budget"] == budget], labels[0]),
-        "variance_ratio": lambda: draw.variance_ratio(gradient, labels[0]),
-        "variance_ratio_last": lambda: draw.variance_ratio(gradient, labels[-1]),
-        "predicted_and_realised": lambda: draw.predicted_and_realised(gradient, budget),
+    at = f"at {budget} rollouts a prompt"
+    ratio = "Variance of the gradient relative to uniform at equal draws, {}; below 1 is better. " + INTERVALS
+    plans = {
+        f"variance_ratio_n{budget}": Plan(
+            lambda: draw.variance_ratio(gradient[gradient["budget"] == budget], labels[0]),
+            ratio.format(f"{labels[0]}, {at}"),
+        ),
+        "variance_ratio": Plan(
+            lambda: draw.variance_ratio(gradient, labels[0]),
+            ratio.format(f"{labels[0]}, a row an advantage and a column a budget"),
+        ),
+        "variance_ratio_last": Plan(
+            lambda: draw.variance_ratio(gradient, labels[-1]),
+            ratio.format(f"{labels[-1]}, a row an advantage and a column a budget"),
+        ),
+        "predicted_and_realised": Plan(
+            lambda: draw.predicted_and_realised(gradient, budget),
+            f"Reduction of the variance that a rule's own model predicts and the one measured, {at}; a point a "
+            "checkpoint. On the dashed line the prediction holds; below 0 the rule is worse than uniform.",
+        ),
     }
     if gradient["fraction"].nunique() > 1:
-        plans["along_training"] = lambda: draw.along_training(gradient, budget)
+        plans["along_training"] = Plan(
+            lambda: draw.along_training(gradient, budget),
+            f"Variance along training {at}: under uniform allocation (above), of allocators relative to it (below); "
+            "bands are 95 % intervals.",
+        )
     return plans
+
+
+def sweep_figures(trials: pd.DataFrame) -> Plans:
+    """Figures of `open_sweep` rows."""
+    from analysis import figures_sweep as draw
+
+    figures = {"best_so_far": lambda: draw.best_so_far(trials), "slices": lambda: draw.slices(trials)}
+    return {name: Plan(figures[name], caption) for name, caption in SWEEP.items()}
 
 
 def show_table(table: Table) -> Markdown:

@@ -2,13 +2,14 @@
 
 No two arms share a colour, and no two share a pair of marker and line style, so that arms stay apart in grey
 print and for readers who see few colours. The colours are those of Okabe and Ito and of Paul Tol's muted
-scheme, darkened where they would be faint on white.
+scheme, darkened where they would be faint on white. Where markers stand alone, `FILLS` stands for the line style.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 Dash = tuple[float, tuple[float, ...]]
 
@@ -26,6 +27,14 @@ class Style:
     marker: str
     dash: Dash
 
+
+FILLS: dict[Dash, Literal["full", "none", "left", "top"]] = {
+    SOLID: "full",
+    DASHED: "none",
+    DOTTED: "left",
+    DASH_DOT: "top",
+}
+"""How the marker of an arm is filled where there is no line to carry its dash: pairs of both stay unique."""
 
 ARMS = {
     "grpo": Style("#595959", "o", SOLID),

@@ -5,12 +5,15 @@ time.
 from __future__ import annotations
 
 import contextlib
+import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from analysis.formatting import amount, currency_name
 from benchmark.jsonl import atomic_write_bytes
@@ -23,10 +26,14 @@ if TYPE_CHECKING:
     from analysis.palette import Style
     from analysis.statistics import Floats
 
+Item = TypeVar("Item")
+
 WIDTH = 6.9  # inches: a text width of A4 or letter paper
 COLUMNS = {"single": 3.25, "double": 6.75}  # inches: widths of figures in a two-column paper
+PAPER_HEIGHT = 8.5  # inches: what a figure may take of a paper's page
 NARROW = 5.0  # inches: below it, panels go below each other and legends below the figure
 CROWDED = 16  # arms: above it, curves get a panel each where they can, and legends go below the figure
+AROUND_PANELS, LOWEST_PANEL = 0.55, 0.85  # inches: what a grid of panels needs beside them, and a row at least
 FORMATS = ("svg", "pdf", "png")
 REFERENCE_GREY = "#9A9A9A"
 
@@ -66,38 +73,86 @@ _RC: Any = {
 }
 
 
-_width: ContextVar[float] = ContextVar("_width", default=WIDTH)
+@dataclass
+class Sheet:
+    """What figures are drawn on, in inches, and which part of a figure that takes several sheets.
+
+    Attributes:
+        width, height: of a figure; without a limit to its height it is in one part.
+        part: the part to draw, from 0. parts: how many there are, as the drawing found out (`part_of`).
+    """
+
+    width: float = WIDTH
+    height: float = math.inf
+    part: int = 0
+    parts: int = 1
+
+
+_OUTSIDE = Sheet()  # of figures that are drawn without a theme
+_sheet: ContextVar[Sheet] = ContextVar("_sheet", default=_OUTSIDE)
 
 
 @contextlib.contextmanager
-def theme(width: float = WIDTH) -> Iterator[None]:
+def theme(width: float = WIDTH, height: float = math.inf, part: int = 0) -> Iterator[Sheet]:
     """The settings under which figures are drawn and saved; settings of the caller come back afterwards.
 
     Args:
-        width: of every figure, in inches.
+        width, height: of every figure, and the most that it may be high, in inches.
+        part: which part is drawn of a figure that is higher.
     """
     import matplotlib as mpl
     import seaborn as sns
 
-    token = _width.set(width)
+    sheet = Sheet(width, height, part)
+    token = _sheet.set(sheet)
     try:
         with mpl.rc_context(), sns.axes_style("ticks"):
             mpl.rcParams.update(_RC)
-            yield
+            yield sheet
     finally:
-        _width.reset(token)
+        _sheet.reset(token)
 
 
 def narrow() -> bool:
     """Whether figures are drawn for one column of a paper."""
-    return _width.get() < NARROW
+    return _sheet.get().width < NARROW
+
+
+def part_of(items: Sequence[Item], each: float) -> list[Item]:
+    """The items that the part to draw shows, where a part has room for `each` of them; all if they fit."""
+    sheet = _sheet.get()
+    sheet.parts = 1 if each >= len(items) else math.ceil(len(items) / max(1, int(each)))
+    size = math.ceil(len(items) / sheet.parts)
+    return list(items[sheet.part * size : (sheet.part + 1) * size])
+
+
+def part_of_rows(items: Sequence[Item], usual: float, around: float) -> tuple[list[Item], float]:
+    """The rows of a figure, or of its part, and the height of each: `usual` inches, or a little less to fit a sheet.
+
+    Args:
+        around: inches of the figure that are no rows.
+    """
+    room = _sheet.get().height - around
+    shown = part_of(items, room / (0.65 * usual))
+    return shown, min(usual, room / max(1, len(shown)))
+
+
+def part_of_stack(items: Sequence[Item], rows: int, usual: float, around: float) -> tuple[list[Item], float]:
+    """Panels of a figure of `beside`, or of its part, and the height of each of the `rows` that every panel has.
+
+    Args:
+        usual: inches of a row, if they fit. around: inches of a panel that are no rows.
+    """
+    height = _sheet.get().height
+    shown = part_of(items, height / (0.75 * usual * rows + around) if narrow() else math.inf)
+    return shown, min(usual, (height / (len(shown) if narrow() else 1) - around) / rows)
 
 
 def new_figure(height: float) -> Figure:
     """An empty figure that no global state knows (so that nothing has to be closed); `height` in inches."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(_width.get(), height))
+    return Figure(figsize=(_sheet.get().width, height))
 
 
 def beside(count: int, height: float, *, share_x: bool = True, share_y: bool = False) -> tuple[Figure, list[Axes]]:
@@ -105,6 +160,43 @@ def beside(count: int, height: float, *, share_x: bool = True, share_y: bool = F
     shape = (count, 1) if narrow() else (1, count)
     figure = new_figure(height * shape[0])
     return figure, list(figure.subplots(*shape, sharex=share_x, sharey=share_y, squeeze=False).flat)
+
+
+def panel_grid(count: int, columns: int, height: float) -> tuple[int, float]:
+    """Columns of a grid of panels, and the height of a row: more and lower ones where a sheet is too low for them.
+
+    Args:
+        count: panels. columns: at most this many in a row, if they fit. height: of a row, in inches.
+    """
+    sheet = _sheet.get()
+    room = sheet.height - AROUND_PANELS
+    chosen = min(columns, count, max(1, int(sheet.width / 1.6)))
+    while -(-count // chosen) * 0.8 * height > room and chosen < int(sheet.width / 1.3):
+        chosen += 1
+    return chosen, min(height, room / -(-count // chosen))
+
+
+def part_of_panels(items: Sequence[Item]) -> list[Item]:
+    """The items that get a panel in the part to draw; all where a sheet has room for as many small panels."""
+    return part_of(items, _most_panels())
+
+
+def _most_panels() -> float:
+    sheet = _sheet.get()
+    rows = (sheet.height - AROUND_PANELS) / LOWEST_PANEL
+    return max(1, int(sheet.width / 1.3)) * (int(rows) if math.isfinite(rows) else rows)
+
+
+def chunks_of_panels(items: Sequence[Item]) -> list[list[Item]]:
+    """The items in as many lists of about equal length as they take sheets with a panel for each."""
+    parts = math.ceil(len(items) / most) if math.isfinite(most := _most_panels()) else 1
+    size = math.ceil(len(items) / parts)
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def part_of_each(sheets: Sequence[Item]) -> list[Item]:
+    """One of some sheets, as the part to draw; all of them where the height has no limit."""
+    return part_of(sheets, 1 if math.isfinite(_sheet.get().height) else math.inf)
 
 
 def panels(
@@ -116,9 +208,9 @@ def panels(
         count: panels; places left over in the last row stay empty, and the panel above has the tick labels.
         columns: at most this many in a row. height: of a row, in inches. share_x, share_y: one scale for all.
     """
-    columns = min(columns, count, max(1, int(_width.get() / 1.6)))
+    columns, height = panel_grid(count, columns, height)
     rows = -(-count // columns)
-    figure = new_figure(height * rows + 0.55)
+    figure = new_figure(height * rows + AROUND_PANELS)
     grid = figure.subplots(rows, columns, sharex=share_x, sharey=share_y, squeeze=False)
     axes = list(grid.flat)
     for place, axis in enumerate(axes):
@@ -219,17 +311,33 @@ def label_below(figure: Figure, text: str) -> None:
 def arm_title(axis: Axes, arm: str, colour: str) -> None:
     """The name of an arm above its panel, small enough not to reach into the next one."""
     grid = axis.get_subplotspec()
-    room = 72 * (0.68 if narrow() else 0.86) * _width.get() / (grid.get_gridspec().ncols if grid is not None else 1)
+    columns = grid.get_gridspec().ncols if grid is not None else 1
+    room = 72 * (0.68 if narrow() else 0.86) * _sheet.get().width / columns
     axis.set_title(arm, color=colour, fontweight="bold", loc="left", pad=3, fontsize=min(8.5, room / (0.72 * len(arm))))
 
 
-def compact_log(axis: Axis, *, decades: bool = False) -> None:
-    """Plain numbers on a logarithmic axis: 1, 2, 5, 10; over a wide range only the powers of ten (`decades`)."""
+def compact_log(axis: Axis, subs: Sequence[float] = (1.0, 2.0, 5.0)) -> None:
+    """Plain numbers on a logarithmic axis, at multiples `subs` of the powers of ten: 1, 2, 5, 10."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0,) if decades else (1.0, 2.0, 5.0)))
+    axis.set_major_locator(LogLocator(subs=tuple(subs)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def log_subs(low: float, high: float, inches: float, size: float) -> tuple[float, ...]:
+    """The most multiples for `compact_log` whose numbers in print of `size` points stay apart between two ends."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for subs in ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0, 5.0), (1.0,)):
+        ticks = [sub * 10.0**decade for decade in decades for sub in subs]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        places = [inches * math.log(tick / low) / math.log(high / low) for tick in ticks]
+        widths = [(len(f"{tick:g}") * 0.62 + 0.5) * size / 72 for tick in ticks]
+        gaps = [right - left for left, right in pairwise(places)]
+        needed = [(left + right) / 2 for left, right in pairwise(widths)]
+        if len(ticks) > 1 and all(gap >= need for gap, need in zip(gaps, needed, strict=True)):
+            return subs
+    return (1.0,)
 
 
 def legend_right(figure: Figure, axis: Axes) -> None:

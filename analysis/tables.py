@@ -16,6 +16,10 @@ ONE_COLUMN, TWO_COLUMNS = 62, 150
 """Characters that one column, and the whole width, of a paper with two columns can hold in small print."""
 SENTENCE = 46
 """Longer texts run over several lines."""
+LETTERS_OF_LONG = 38
+"""Characters in a line of those."""
+PAGE_HEIGHT, LINE = 540.0, 10.0
+"""Points: what a float may take of a page, where the article class has 550, and a line of a table in small print."""
 _LATEX = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -61,6 +65,9 @@ class Text:
         return self.text + (TIED if self.tied else "")
 
 
+_Block = tuple[Sequence[int], range]  # columns and rows that stand in one tabular
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of a report.
@@ -95,27 +102,59 @@ class Table:
         return self.data.to_csv(index=False, float_format="%.7g", lineterminator="\n")
 
     def latex(self) -> str:
-        """A float for a document that loads booktabs and graphicx, readable in a paper with two columns.
+        """Floats for a document that loads booktabs and graphicx, readable in a paper with two columns.
 
         What is too wide for one column spans both; what is too wide for both is broken into parts below each other,
-        between groups of columns where there are groups.
+        between groups of columns where there are groups. What is too high for a page goes on in further floats with
+        the same number and notes, between parts where each of them fits a page, else between rows.
         """
         parts = self._parts()
-        float_ = "table" if all(self._letters(part) <= ONE_COLUMN for part in parts) else "table*"
+        spanning = any(self._letters(part) > ONE_COLUMN for part in parts)
+        pages = self._pages(parts, spanning)
+        floats = [line for place in range(len(pages)) for line in self._float(pages, place, spanning)]
+        return "\n".join(["% needs \\usepackage{booktabs,graphicx}", *floats]) + "\n"
+
+    def _float(self, pages: Sequence[Sequence[_Block]], place: int, spanning: bool) -> list[str]:
+        kind = "table*" if spanning else "table"
+        title, label = latex_text(self.title), rf"\label{{tab:{self.name.replace('_', '-')}}}"
+        # The number of the first: a paper speaks of one table.
+        head = [rf"\caption{{{title}}}", label]
+        if place:
+            head = [r"\addtocounter{table}{-1}", rf"\caption{{{title} (continued)}}"]
+        tabulars = [line for block in pages[place] for line in (r"\par\medskip", *self._tabular(*block))]
         notes = [rf"\par\smallskip\raggedright {latex_text(' '.join(self.notes))}\par"] if self.notes else []
-        tabulars = [line for part in parts for line in (r"\par\medskip", *self._tabular(part))]
-        lines = [
-            "% needs \\usepackage{booktabs,graphicx}",
-            rf"\begin{{{float_}}}",
-            r"\centering",
-            rf"\caption{{{latex_text(self.title)}}}",
-            rf"\label{{tab:{self.name.replace('_', '-')}}}",
-            r"\footnotesize",
-            *tabulars[1:],
-            *notes,
-            rf"\end{{{float_}}}",
-        ]
-        return "\n".join(lines) + "\n"
+        body = [r"\centering", *head, r"\footnotesize", *tabulars[1:], *notes]
+        return [rf"\begin{{{kind}}}", *body, rf"\end{{{kind}}}"]
+
+    def _pages(self, parts: Sequence[Sequence[int]], spanning: bool) -> list[list[_Block]]:
+        """Parts, and rows of parts, that fill a page each by about how high they are."""
+        letters = TWO_COLUMNS if spanning else ONE_COLUMN
+        lines = -(-len(self.title) // (0.6 * letters)) - (
+            -sum(len(note) + 1 for note in self.notes) // (0.75 * letters)
+        )
+        room = PAGE_HEIGHT - LINE * (2 + lines)
+        pages: list[list[_Block]] = [[]]
+        left = room
+        for part in parts:
+            scale = min(1.0, 0.78 * letters / self._letters(part))  # what `\\resizebox` makes of it
+            heights = [scale * LINE * self._lines(row, part) for row in self.rows]
+            head = LINE * (1 + scale * (4 if any(self.columns[place].group for place in part) else 2.5))
+            if pages[-1] and head + sum(heights) > left:
+                pages, left = [*pages, []], room
+            start, used = 0, head
+            for place, height in enumerate(heights):
+                if used + height > left and place > start:
+                    pages = [*pages[:-1], [*pages[-1], (part, range(start, place))], []]
+                    start, used, left = place, head, room
+                used += height
+            pages[-1].append((part, range(start, len(heights))))
+            left -= used
+        return pages
+
+    def _lines(self, row: Sequence[Text], places: Sequence[int]) -> int:
+        """Lines that a row takes."""
+        long = [place for place in places if self._longest(place) > SENTENCE]
+        return max([1, *(-(-len(row[place].plain) // LETTERS_OF_LONG) for place in long)])
 
     def _letters(self, places: Sequence[int]) -> int:
         """About how many characters wide some columns are."""
@@ -137,7 +176,7 @@ class Table:
             parts = [*parts, [0, *span]] if full else [*parts[:-1], [*parts[-1], *span]]
         return parts
 
-    def _tabular(self, places: Sequence[int]) -> list[str]:
+    def _tabular(self, places: Sequence[int], rows: range) -> list[str]:
         columns = [self.columns[place] for place in places]
         kinds = ["p{20em}" if self._longest(p) > SENTENCE else "l" if self.columns[p].left else "r" for p in places]
         return [
@@ -148,7 +187,7 @@ class Table:
             *_latex_groups(columns),
             _latex_row([latex_text(column.title) for column in columns]),
             r"\midrule",
-            *(_latex_row([_latex(row[place]) for place in places]) for row in self.rows),
+            *(_latex_row([_latex(self.rows[row][place]) for place in places]) for row in rows),
             r"\bottomrule",
             r"\end{tabular}}",
         ]

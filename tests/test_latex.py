@@ -58,6 +58,20 @@ def tables(made: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tables"
 
 
+@pytest.fixture(scope="module")
+def many(made: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tables of as many arms as the shipped study ``field`` has."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("analysis.report.write_figures", lambda *_: [])
+    arms = {**made.ARMS, **{f"arm_of_number_{number}": 0.001 * number for number in range(38 - len(made.ARMS))}}
+    families = ("sum_short", "sum_long", "products", "equations")
+    recipe = made.Recipe(arms=arms, seeds=(0, 1, 2), families=families, items=8, points=3, steps=4)
+    folder: Path = made.make_study(tmp_path_factory.mktemp("results") / "field", recipe)
+    write_report(folder)
+    patch.undo()
+    return folder / "tables"
+
+
 def compiled(tables: Path, out: Path, extra: str = "") -> str:
     """Compile all tables in one paper; returns TeX's log."""
     files = sorted(tables.glob("*.tex"))
@@ -79,6 +93,18 @@ def test_every_table_compiles_and_fits(tables: Path, tmp_path: Path) -> None:
     assert re.findall(r"Overfull \\hbox", log) == []
     assert "Missing character" not in log
     assert "Float too large" not in log
+
+
+def test_tables_of_a_whole_field_compile_and_fit(many: Path, tmp_path: Path) -> None:
+    log = compiled(many, tmp_path)
+    assert re.findall(r"Overfull \\hbox", log) == []
+    assert "Float too large" not in log
+    high = {path.stem: path.read_text().count("(continued)") for path in many.glob("*.tex")}
+    assert {name: count for name, count in high.items() if count} == {
+        "main_table": 1,
+        "differences_by_family": 2,
+        "spend": 1,
+    }
 
 
 def test_no_table_is_scaled_to_unreadable_print(tables: Path, tmp_path: Path) -> None:

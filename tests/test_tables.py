@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -370,6 +371,60 @@ def test_wide_latex_tables_are_broken_between_groups(scores: Scores) -> None:
         "narrow", "Narrow", [Column("arm", left=True), Column("x")], [[Text("a"), Text("1")]], pd.DataFrame()
     )
     assert r"\begin{table}" in narrow.latex()
+
+
+def points_high(float_: str) -> float:
+    """About how high a float is in an article of two columns at 10 pt, from the lines in it."""
+    width = 469.0 if "{table*}" in float_ else 229.5
+    caption = re.findall(r"\\caption\{(.*)\}", float_)[0]
+    notes = "".join(re.findall(r"\\raggedright (.*)\\par", float_))
+    high = 10 + 12 * math.ceil(5 * len(caption) / width) + 3 + 9.5 * math.ceil(4 * len(notes) / width)
+    for body in re.findall(r"\\begin\{tabular\}.*?\\end\{tabular\}", float_, re.S):
+        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+        texts = [re.sub(r"\\[a-z]+\{?|[{}$^]", "", row).split("&") for row in rows]
+        columns = [
+            max(map(len, column)) for column in zip(*(t for t in texts if len(t) == len(texts[-1])), strict=True)
+        ]
+        natural = sum(12 + 3.9 * letters for letters in columns)
+        high += 6 + min(1.0, width / natural) * (9.6 * len(rows) + 12)
+    return high
+
+
+@pytest.mark.parametrize(("arms", "families", "expected"), [(13, 4, 1), (38, 4, 3), (70, 1, 2), (150, 2, 7)])
+def test_high_latex_tables_go_on_in_floats_that_fit_a_page(arms: int, families: int, expected: int) -> None:
+    columns = [Column("arm", left=True)]
+    columns += [Column(f"pass@{k}", f"family_{f}") for f in range(families + 1) for k in (1, 8, 32)]
+    cells = [Text("-0.3 [-1.5, +1.1]", tied=row % 2 == 0) for row in range(arms) for _ in columns[1:]]
+    each = len(columns) - 1
+    rows = [(Text(f"arm_of_number_{row}"), *cells[each * row : each * (row + 1)]) for row in range(arms)]
+    notes = ("± is half the 95 % interval over seeds and problems.", "†: the difference to the highest has 0 in it.")
+    text = Table("high", "What is high", columns, rows, pd.DataFrame(), notes).latex()
+    floats = re.findall(r"\\begin\{table\*\}.*?\\end\{table\*\}", text, re.S)
+    assert len(floats) == expected
+    assert max(points_high(float_) for float_ in floats) < 550
+    for place, float_ in enumerate(floats):
+        assert re.findall(r"\\caption\{(.*)\}", float_) == ["What is high (continued)" if place else "What is high"]
+        assert (r"\addtocounter{table}{-1}" in float_) == (place > 0)
+        assert (r"\label{tab:high}" in float_) == (place == 0)
+        assert r"$\pm$ is half" in float_
+        assert r"$^{\dagger}$: the difference" in float_
+        for body in re.findall(r"\\begin\{tabular\}.*?\\end\{tabular\}", float_, re.S):
+            assert "pass@8" in body
+            assert r"\multicolumn{3}{c}{family\_" in body
+    # Every row once in every part, whatever float it stands in.
+    parts = len(set(re.findall(r"multicolumn\{3\}\{c\}\{family\\_\d\}.*\\\\", text)))
+    named = re.findall(r"^(arm\\_of\\_number\\_\d+) ", text, re.M)
+    assert len(named) == parts * arms
+    assert Counter(named) == {rf"arm\_of\_number\_{row}": parts for row in range(arms)}
+
+
+def test_rows_of_several_lines_count_as_many() -> None:
+    columns = [Column("claim", left=True), Column("text", left=True)]
+    rows = [(Text(f"claim {row}"), Text("a long sentence of the plan " * 12)) for row in range(20)]
+    text = Table("long", "Long texts", columns, rows, pd.DataFrame()).latex()
+    floats = re.findall(r"\\begin\{(table\*?)\}.*?\\end\{\1\}", text, re.S)
+    # Nine lines a row: 180 lines of 9.5 pt, where a page has 550 pt.
+    assert 4 <= len(floats) <= 6
 
 
 def test_latex_spells_out_what_it_would_not_take() -> None:
