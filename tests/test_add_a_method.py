@@ -134,7 +134,7 @@ def test_a_new_method_is_formatted_and_typed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("grpo", "has this name"), ("My-Method", "lower-case"), ("class", "lower-case"), ("x/y", "lower-case")],
+    [("grpo", "has this name"), ("My-Method", "lower-case"), ("class", "Python keyword"), ("x/y", "lower-case")],
 )
 def test_a_name_that_cannot_be_is_refused(tmp_path: Path, name: str, told: str) -> None:
     result = CliRunner().invoke(app, ["new-method", name, "--out", str(tmp_path / "new")])
