@@ -16,7 +16,7 @@ from baselines.grpo import GRPO
 from baselines.lco import LCO
 from baselines.oblr_po import OBLRPO
 from benchmark import head as head_module
-from benchmark import optimiser
+from benchmark import optimiser, scoring
 from benchmark.backend import NativeBackend
 from benchmark.clock import Clock
 from benchmark.config import ArchitectureConfig, OptimiserConfig
@@ -73,8 +73,10 @@ def tokens_of(head: Head, old: Tensor, advantage: Tensor, rollout: Tensor, metho
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_the_heads_gradient_shift_and_norms_are_those_of_autograd(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(head_module, "LOGITS", 6 * chunk)
+    for module in (head_module, scoring):
+        monkeypatch.setattr(module, "LOGITS", 6 * chunk)
     head = random_head()
+    assert len(head.rows) == -(-9 // chunk)
     weight = head.weight.clone().requires_grad_()
     own = log_probs(head, weight).gather(1, head.token[:, None])[:, 0]
     outer = torch.linspace(-1, 2, 9)
@@ -223,7 +225,8 @@ def test_chunks_of_the_loss_on_logits_change_no_gradient(monkeypatch: pytest.Mon
     old, advantage = random_head(seed=7), torch.linspace(-1, 1, 9)
     found = []
     for limit in (1 << 20, 12):
-        monkeypatch.setattr(head_module, "LOGITS", limit)
+        for module in (head_module, scoring):
+            monkeypatch.setattr(module, "LOGITS", limit)
         head = random_head()
         head = replace(head, hidden=head.hidden.requires_grad_(), weight=head.weight.requires_grad_())
         assert len(head.rows) == (1 if limit > 12 else 5)
