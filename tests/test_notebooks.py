@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from analysis import figures_paper as paper
 from analysis.comparisons import Scores
+from analysis.figures_histograms import traced_tokens
 from analysis.figures_sweep import arm_of, best_settings, load_trials
 from analysis.from_mlflow import bring, bring_tables, load_from_mlflow
 from analysis.notebook import open_study, open_sweep, open_variance, tables
@@ -305,7 +305,7 @@ def test_the_figures_from_files_and_from_mlflow_are_the_same(
     assert "not in MLflow" not in capsys.readouterr().err
     for path in (*sorted(study.glob("cells/*/traces.jsonl")), study / "gradient_variance.json"):
         assert (made / path.relative_to(study)).read_bytes() == path.read_bytes()
-    assert paper.traced_tokens(load_study(made), "entropy")["last"].keys() == {"grpo", "dynamo"}
+    assert traced_tokens(load_study(made), "entropy")["last"].keys() == {"grpo", "dynamo"}
 
 
 def test_a_failing_cell_is_one_line_that_names_the_copy(
