@@ -190,12 +190,14 @@ def name_front(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     for name, x, y in reversed(outer):
         level = min(y, level) - step
         place = (x + 0.03 * (right - left), level)
-        axis.annotate(name, (x, y), place, va="center", fontsize=6.5, zorder=5, arrowprops=look)
+        axis.annotate(name, (x, y), place, va="center", fontsize=6.5, zorder=5, arrowprops=look | {"relpos": (0, 0.5)})
     level = -np.inf
     for name, x, y in points[len(outer) :]:
         level = max(y, level) + step
         place = (x - 0.12 * (x - left), level)
-        axis.annotate(name, (x, y), place, ha="right", va="center", fontsize=6.5, zorder=5, arrowprops=look)
+        axis.annotate(
+            name, (x, y), place, ha="right", va="center", fontsize=6.5, zorder=5, arrowprops=look | {"relpos": (1, 0.5)}
+        )
     axis.set_ylim(low, max(high, level + step))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -62,3 +63,32 @@ def _denormals_restored() -> Iterator[None]:
 
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="module")
+def uneven_policy() -> Any:
+    """Two small layers whose biases and norms are not trivially 0 and 1."""
+    import torch
+
+    from benchmark.config import ArchitectureConfig
+    from benchmark.warmup import new_policy
+
+    small = new_policy(ArchitectureConfig(hidden_size=16, layers=2, heads=2, kv_heads=1, mlp=24), seed=3)
+    with torch.no_grad():
+        for parameter in small.parameters().values():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return small
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, where there is one."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium here; install it, for instance apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from benchmark import probing
-from benchmark.config import ArchitectureConfig
 from benchmark.layout import prompt_layout
 from benchmark.policy import Policy
 from benchmark.probing import LEAST_SIGNAL, alignment, gradient_norms, group_gradients, halves, prompt_features
@@ -19,7 +18,6 @@ from benchmark.rollout_gradients import places, reference_gradients
 from benchmark.rollouts import Rollouts
 from benchmark.scoring import forward_hidden
 from benchmark.transformer import Weights
-from benchmark.warmup import new_policy
 
 TEMPERATURE = 0.7
 # Halves all right and all wrong; all wrong; no rollout; mixed halves, of 3 and of 2.
@@ -29,12 +27,8 @@ Array = np.ndarray
 
 
 @pytest.fixture(scope="module")
-def policy() -> Policy:
-    small = new_policy(ArchitectureConfig(hidden_size=16, layers=2, heads=2, kv_heads=1, mlp=24), seed=3)
-    with torch.no_grad():
-        for parameter in small.parameters().values():  # biases and norms that are not trivially 0 and 1
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return small
+def policy(uneven_policy: Policy) -> Policy:
+    return uneven_policy
 
 
 @pytest.fixture(params=[64, 3])

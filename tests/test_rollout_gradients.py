@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmark.config import ArchitectureConfig
 from benchmark.decode import generate
 from benchmark.policy import Policy
 from benchmark.rollout_gradients import (
@@ -18,18 +17,13 @@ from benchmark.rollout_gradients import (
 )
 from benchmark.rollouts import Rollouts
 from benchmark.scoring import score
-from benchmark.warmup import new_policy
 
 TEMPERATURE = 0.8
 
 
 @pytest.fixture(scope="module")
-def policy() -> Policy:
-    small = new_policy(ArchitectureConfig(hidden_size=16, layers=2, heads=2, kv_heads=1, mlp=24), seed=3)
-    with torch.no_grad():
-        for parameter in small.parameters().values():  # biases and norms that are not trivially 0 and 1
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return small
+def policy(uneven_policy: Policy) -> Policy:
+    return uneven_policy
 
 
 def drawn(policy: Policy, each: int, seed: int = 0) -> Rollouts:
