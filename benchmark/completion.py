@@ -12,18 +12,10 @@ from typing import Any
 
 import typer
 
-import benchmark
+from benchmark.installing import config_folder
 
 GROUP = "rolloutbench.methods"
 METRICS = ("pass_at_1", "pass_at_8", "pass_at_32")
-
-
-def config_folder() -> Path:
-    """``configs/`` of the checkout, or the copy inside an installed wheel."""
-    package = Path(benchmark.__path__[0])
-    wheel = package / "_configs"
-    folder = wheel if wheel.is_dir() else package.parent / "configs"
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def complete_method(incomplete: str) -> list[str]:

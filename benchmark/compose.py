@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmark.completion import config_folder as config_folder
 from benchmark.config import RunConfig, StudyConfig
 from benchmark.errors import InputError
+from benchmark.installing import config_folder as config_folder
 from benchmark.layers import Layer, did_you_mean, read_options, read_yaml, validate
 from benchmark.pricing import PricingConfig
 

@@ -1,4 +1,4 @@
-"""The line that installs what is missing, as it works where the suite is: in a checkout, or from a wheel."""
+"""Where the suite is, a checkout or a wheel: its configurations, and the line that installs what is missing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ VLLM = "0.32"
 def checkout() -> Path:
     """The folder that holds the packages."""
     return Path(benchmark.__path__[0]).parent
+
+
+def config_folder() -> Path:
+    """``configs/`` of the checkout, or the copy inside an installed wheel."""
+    package = Path(benchmark.__path__[0])
+    wheel = package / "_configs"
+    folder = wheel if wheel.is_dir() else package.parent / "configs"
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def install_line(extra: str = "") -> str:
